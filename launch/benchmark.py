@@ -1,0 +1,185 @@
+"""Measures parts of the system, compile time apart and competitors side by side.
+
+flow_head: one image token, from noise to data in Euler steps, with the flow head of NextStep-1
+(arXiv 2508.10711, Table 6) in two forms: naive (time, condition and modulations anew at every
+step) and amortised (the modulations of all steps by one product a block, then the steps).
+
+Examples:
+    python launch/benchmark.py flow_head --head=b --steps=28 --rows=2 --json=flow_head.json
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app
+from absl.flags import argparse_flags
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from nextstep_jax.evaluation import timing
+from nextstep_jax.models.config import FLOW_HEADS, NextStepConfig
+from nextstep_jax.models.flow_head import FlowHead
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """A subcommand: its help line, its own flags, and what returns its figures."""
+
+    help: str
+    add_flags: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], dict[str, Any]]
+
+
+def naive_token(
+    head: FlowHead,
+    x: Float[Array, "rows token"],
+    times: Float[Array, " steps"],
+    condition: Float[Array, "rows cond"],
+) -> Float[Array, "rows token"]:
+    """Euler from noise x; every step calls the head in its plain form."""
+    step_size = 1.0 / times.shape[0]
+
+    def step(head, x, time):
+        return x + step_size * head(x, jnp.full(x.shape[:1], time), condition), None
+
+    return _scan(step, head, x, times)
+
+
+def amortised_token(
+    head: FlowHead,
+    x: Float[Array, "rows token"],
+    times: Float[Array, " steps"],
+    condition: Float[Array, "rows cond"],
+) -> Float[Array, "rows token"]:
+    """Euler from noise x; modulations of all steps first. The time embedding is timed too."""
+    step_size = 1.0 / times.shape[0]
+    y = head.embed_time(times)[:, None] + head.embed_condition(condition)[None]
+
+    def step(head, x, modulations):
+        return x + step_size * head.velocity(x, modulations), None
+
+    return _scan(step, head, x, head.modulations(y))
+
+
+def _scan(step, head, x, inputs):
+    loop = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
+    return loop(head, x, inputs)[0]
+
+
+def random_params(head: FlowHead, cond_dim: int) -> dict[str, Any]:
+    """Normal weights of deviation 0.02: the published zeros would hide differences."""
+    arguments = (jnp.zeros((1, head.token_dim)), jnp.zeros(1), jnp.zeros((1, cond_dim)))
+    shapes = nn.unbox(jax.eval_shape(head.init, jax.random.key(0), *arguments))
+    leaves, treedef = jax.tree.flatten(shapes)
+    return treedef.unflatten([0.02 * _normal(i, *leaf.shape) for i, leaf in enumerate(leaves)])
+
+
+def _normal(seed: int, *shape: int) -> jax.Array:
+    # Drawn by numpy: nothing to compile, which would cost more than the draw.
+    return jnp.asarray(np.random.default_rng([seed]).standard_normal(shape, np.float32))
+
+
+def flow_head(args: argparse.Namespace) -> dict[str, Any]:
+    """Naive against amortised sampling of one token with the flow head, in float32.
+
+    Raises:
+        ValueError: An unknown head or a number that is not positive.
+    """
+    if args.head not in FLOW_HEADS:
+        raise ValueError(f"head={args.head!r} is unknown; choose from {list(FLOW_HEADS)}")
+    for name in ("steps", "rows", "repeats", "cond_dim"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name}={getattr(args, name)} must be at least 1")
+    head = FlowHead(FLOW_HEADS[args.head], NextStepConfig().token_dim)
+    variables = random_params(head, args.cond_dim)
+    x = _normal(1000, args.rows, head.token_dim)
+    condition = _normal(1001, args.rows, args.cond_dim)
+    times = jnp.arange(args.steps, dtype=jnp.float32) / args.steps
+    arguments = (variables, x, times, condition)
+
+    compiled, compile_s = {}, {}
+    for name, method in (("naive", naive_token), ("amortised", amortised_token)):
+        compiled[name], compile_s[name] = timing.compile_timed(nn.apply(method, head), *arguments)
+    results = {name: function(*arguments) for name, function in compiled.items()}
+    difference = jnp.max(jnp.abs(results["naive"] - results["amortised"]))
+    calls = {name: lambda f=function: f(*arguments) for name, function in compiled.items()}
+    seconds = timing.time_interleaved(calls, args.repeats)
+    figures = {
+        name: {
+            "median_s": statistics.median(seconds[name]),
+            "times_s": seconds[name],
+            "compile_s": compile_s[name],
+        }
+        for name in compiled
+    }
+    return {
+        "settings": {
+            "head": args.head,
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables)),
+            "steps": args.steps,
+            "rows": args.rows,
+            "cond_dim": args.cond_dim,
+            "repeats": args.repeats,
+            "dtype": "float32",
+        },
+        **figures,
+        "ratio": timing.median_ratio(seconds["naive"], seconds["amortised"]),
+        "max_relative_difference": float(difference / jnp.max(jnp.abs(results["naive"]))),
+    }
+
+
+def _flow_head_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--head", default="b", help=f"one of {', '.join(FLOW_HEADS)}")
+    parser.add_argument("--steps", type=int, default=28, help="Euler steps of a token")
+    parser.add_argument("--rows", type=int, default=2, help="rows: images times guidance branches")
+    cond_dim = NextStepConfig().decoder.embed_dim
+    parser.add_argument("--cond_dim", type=int, default=cond_dim, help="width of the condition")
+    parser.add_argument("--repeats", type=int, default=7, help="timed rounds")
+
+
+# A new benchmark is one function and one row.
+BENCHMARKS = {
+    "flow_head": Benchmark(
+        "the flow head, naive against amortised modulations", _flow_head_flags, flow_head
+    ),
+}
+
+
+def parse_flags(argv: list[str]) -> argparse.Namespace:
+    """Reads the command line: a subcommand and its flags."""
+    parser = argparse_flags.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
+    for name, benchmark in BENCHMARKS.items():
+        # The parent has read absl's own flags already.
+        command = commands.add_parser(name, help=benchmark.help, inherited_absl_flags=None)
+        benchmark.add_flags(command)
+        command.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+    return parser.parse_args(argv[1:])
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs a benchmark, prints its figures and writes them if asked to."""
+    try:
+        figures = BENCHMARKS[args.benchmark].run(args)
+        report = {"benchmark": args.benchmark, "environment": timing.environment(), **figures}
+        text = json.dumps(report, indent=2)
+        print(text)
+        if args.json:
+            pathlib.Path(args.json).write_text(text + "\n", encoding="utf-8")
+    except (ValueError, OSError) as error:
+        sys.exit(f"benchmark {args.benchmark}: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

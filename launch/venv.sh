@@ -1,0 +1,91 @@
+# shellcheck shell=bash
+# Shared by the programs beside it (source it, then call `ensure_venv EXTRAS`): makes the virtual
+# environment of this checkout if there is none, installs the package into it if setup.py or
+# pyproject.toml changed since the last time, and leaves the interpreter's path in $PY.
+#
+# Environment:
+#   PYTHON            interpreter that makes the environment (default: a python3 >= 3.11 on PATH)
+#   NEXTSTEP_VENV     where the environment is (default: .venv in the checkout)
+#   NEXTSTEP_PYTHON   interpreter of an environment of your own: used as it is, nothing installed
+
+ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+VENV="${NEXTSTEP_VENV:-$ROOT/.venv}"
+[[ "$VENV" == /* ]] || VENV="$PWD/$VENV"
+
+say() { printf '%s\n' "$*" >&2; }
+die() { say "error: $*"; exit 1; }
+
+# A shim on PATH may exist and still not run, so each candidate is asked for its version.
+is_usable() {
+  "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+}
+
+find_python() {
+  local candidate
+  if [[ -n "${PYTHON:-}" ]]; then
+    is_usable "$PYTHON" || die "PYTHON=$PYTHON is not a Python >= 3.11"
+    printf '%s\n' "$PYTHON"
+    return
+  fi
+  for candidate in python3 python3.12 python3.13 python3.11 python; do
+    if is_usable "$candidate"; then
+      printf '%s\n' "$candidate"
+      return
+    fi
+  done
+  die "no Python >= 3.11 on PATH; install one or set PYTHON=/path/to/python3"
+}
+
+make_venv() {
+  local python
+  python="$(find_python)"
+  # A folder without a running interpreter is left over from an interrupted run or a moved disk.
+  if [[ -e "$VENV" ]]; then
+    [[ -f "$VENV/pyvenv.cfg" ]] || die "$VENV exists and is not a virtual environment"
+    rm -rf -- "$VENV"
+  fi
+  say "Making $VENV with $("$python" --version)"
+  "$python" -m venv "$VENV" \
+    || die "python -m venv failed; on Debian and Ubuntu: apt install python3-venv"
+}
+
+# Shows pip's current line on a terminal, nothing elsewhere, and the whole log on failure.
+pip_install() {
+  local log="$VENV/install.log" pid status=0
+  "$PY" -m pip install --no-input "$@" >"$log" 2>&1 &
+  pid=$!
+  if [[ -t 2 ]]; then
+    while kill -0 "$pid" 2>/dev/null; do
+      printf '\r\033[K  %.72s' "$(tail -n 1 -- "$log")" >&2
+      sleep 0.5
+    done
+    printf '\r\033[K' >&2
+  fi
+  wait "$pid" || status=$?
+  if ((status != 0)); then
+    cat -- "$log" >&2
+    die "pip install failed with status $status (log: $log)"
+  fi
+}
+
+# ensure_venv [EXTRAS]: EXTRAS is a comma-separated list, or nothing for the core requirements.
+ensure_venv() {
+  local extras="${1:-}" want stamp
+  if [[ -n "${NEXTSTEP_PYTHON:-}" ]]; then
+    is_usable "$NEXTSTEP_PYTHON" || die "NEXTSTEP_PYTHON=$NEXTSTEP_PYTHON is not a Python >= 3.11"
+    PY="$("$NEXTSTEP_PYTHON" -c 'import sys; print(sys.executable)')"
+    return
+  fi
+  PY="$VENV/bin/python"
+  is_usable "$PY" || make_venv
+  want="$(cd -- "$ROOT" && { pwd; cat setup.py pyproject.toml; } | cksum)"
+  # Any installation holds the core requirements, so `core` looks at every stamp.
+  for stamp in "$VENV/.installed-${extras:-}"*; do
+    if [[ -f "$stamp" && "$(<"$stamp")" == "$want" ]]; then
+      return
+    fi
+  done
+  say "Installing nextstep_jax${extras:+ with [$extras]} into $VENV (a minute or two, about 1 GB)"
+  pip_install -e "$ROOT${extras:+[$extras]}"
+  printf '%s\n' "$want" >"$VENV/.installed-${extras:-core}"
+}

@@ -1,0 +1,96 @@
+"""Image files to arrays: decoding every kind of file to RGB, and fitting to a size.
+
+NextStep-1 (arXiv 2508.10711) fits an image to the nearest of its aspect buckets (`buckets.py`) by
+a Lanczos resize that covers the bucket, and a centre crop. Arrays are uint8 RGB, height x width x
+3; scaling to [-1, 1] happens on the device.
+"""
+
+import io
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+from jaxtyping import UInt8
+
+from nextstep_jax.data import schema
+
+Pixels = UInt8[np.ndarray, "height width 3"]
+
+# 16-bit grey: 65535 becomes 255. Pillow's own conversion would clip at 255.
+_GREY_16_SCALE = 257.0
+
+
+def decode(encoded: bytes) -> Pixels:
+    """Decodes an image file to RGB.
+
+    The orientation in the EXIF data is applied; transparency is laid on white; palettes, grey (8
+    and 16 bits) and CMYK are converted; of an animation the first frame is taken.
+
+    Raises:
+        ValueError: If the bytes are no image, are cut off, or the image is absurdly large (the
+            limit of Pillow against decompression bombs).
+    """
+    try:
+        with PIL.Image.open(io.BytesIO(encoded)) as image:
+            image.load()
+            return np.asarray(_to_rgb(PIL.ImageOps.exif_transpose(image)))
+    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot decode the image: {error}") from error
+
+
+def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    if image.mode.startswith("I"):  # "I;16" and its byte orders; "I" from older Pillow.
+        grey = np.asarray(image).astype(np.float64) / _GREY_16_SCALE
+        image = PIL.Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("cannot decode the image: floating-point pixels have no known range")
+    if image.has_transparency_data:  # An alpha channel, or a transparent colour or palette entry.
+        rgba = image.convert("RGBA")
+        white = PIL.Image.new("RGBA", rgba.size, "white")
+        image = PIL.Image.alpha_composite(white, rgba)
+    return image.convert("RGB")
+
+
+def resize_cover(
+    pixels: UInt8[np.ndarray, "source_height source_width 3"], height: int, width: int
+) -> UInt8[np.ndarray, "{height} {width} 3"]:
+    """Fits an image to a size: Lanczos resize that covers it, centre crop of what sticks out.
+
+    Cropping the source box first and resizing it once gives the same up to the rounding of the
+    crop to whole pixels, and does no work on what is cut away.
+    """
+    source_height, source_width = pixels.shape[:2]
+    if (source_height, source_width) == (height, width):
+        return pixels
+    scale = max(height / source_height, width / source_width)
+    box_height, box_width = height / scale, width / scale
+    top, left = (source_height - box_height) / 2, (source_width - box_width) / 2
+    box = (
+        max(left, 0.0),
+        max(top, 0.0),
+        min(left + box_width, source_width),
+        min(top + box_height, source_height),
+    )
+    resized = PIL.Image.fromarray(pixels).resize(
+        (width, height), PIL.Image.Resampling.LANCZOS, box=box
+    )
+    return np.asarray(resized)
+
+
+def pixels_of(image: schema.Image) -> Pixels:
+    """The pixels of a document's image, decoded if need be.
+
+    Raises:
+        ValueError: If the image is given as latents, or cannot be decoded, or its array is not
+            uint8 (height, width, 3).
+    """
+    if image.encoded is not None:
+        return decode(image.encoded)
+    if image.pixels is None:
+        raise ValueError("the image is given as latents; it has no pixels")
+    pixels = image.pixels
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
+        raise ValueError(
+            f"image pixels must be uint8 (height, width, 3), got {pixels.dtype} {pixels.shape}"
+        )
+    return pixels

@@ -1,0 +1,1 @@
+"""What judges a model: image metrics, benchmark layouts, and the checker of the built-in world."""

@@ -1,0 +1,1 @@
+"""The networks: parameters and forward passes, without I/O, training or a policy on randomness."""

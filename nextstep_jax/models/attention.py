@@ -1,0 +1,134 @@
+"""Causal grouped-query attention over segments, and the value that holds keys and values.
+
+One rule serves training on packed rows, left-padded prompts and cached decoding: query i sees key
+j if j is not later than i and both belong to the same segment. Segment 0 is padding; it sees only
+padding, so its rows stay finite and nothing else reads them.
+
+Axes: batch, T query positions, S key positions, heads, kv_heads, head_dim.
+"""
+
+import functools
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+LayerCache = tuple[jax.Array, jax.Array]
+
+
+@flax.struct.dataclass
+class Segments:
+    """Who may attend to whom.
+
+    Attributes:
+        q: int32 (batch, T), the segment of each query; 0 is padding.
+        kv: int32 (batch, S), the segment of each key.
+        q_offset: int32 (), the index of the first query among the keys.
+    """
+
+    q: Any
+    kv: Any
+    q_offset: Any
+
+    @classmethod
+    def of_row(cls, segment_ids: Int[Array, "batch length"]) -> "Segments":
+        """Every position of a packed row is both query and key."""
+        return cls(q=segment_ids, kv=segment_ids, q_offset=jnp.zeros((), jnp.int32))
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of the positions seen so far; passed in, returned, donated.
+
+    One array a layer, not one stacked array: a loop over stacked weights or caches copies the
+    slice of every layer at every token on GPUs.
+
+    Attributes:
+        k: For each layer (batch, S, kv_heads, head_dim), rotated keys.
+        v: For each layer (batch, S, kv_heads, head_dim).
+        index: int32 (), how many positions are filled; an array, so that it does not recompile.
+        starts: int32 (batch,), the first position of each row that is not left padding.
+    """
+
+    k: tuple[Any, ...]
+    v: tuple[Any, ...]
+    index: Any
+    starts: Any
+
+    @classmethod
+    def empty(cls, config, batch: int, length: int, starts: Any, dtype: Any) -> "KVCache":
+        """A cache of zeros for `length` positions; `config` is a DecoderConfig."""
+        shape = (batch, length, config.num_kv_heads, config.head_dim)
+        make = functools.partial(jnp.zeros, shape, dtype)
+        k = tuple(make() for _ in range(config.num_layers))
+        v = tuple(make() for _ in range(config.num_layers))
+        return cls(k=k, v=v, index=jnp.zeros((), jnp.int32), starts=starts)
+
+    def positions(self, length: int) -> Int[Array, "batch length"]:
+        """Rotary positions of the next `length` tokens: the padding is not counted."""
+        index = self.index + jnp.arange(length, dtype=jnp.int32)
+        return jnp.maximum(index[None] - self.starts[:, None], 0)
+
+    def segments(self, length: int) -> Segments:
+        """The next `length` tokens as queries over the whole cache."""
+        slots = jnp.arange(self.k[0].shape[1], dtype=jnp.int32)
+        kv = (slots[None] >= self.starts[:, None]).astype(jnp.int32)
+        index = self.index + jnp.arange(length, dtype=jnp.int32)
+        q = (index[None] >= self.starts[:, None]).astype(jnp.int32)
+        return Segments(q=q, kv=kv, q_offset=self.index)
+
+
+def extend(
+    layer: LayerCache,
+    k: Float[Array, "batch T kv_heads head_dim"],
+    v: Float[Array, "batch T kv_heads head_dim"],
+    index: Int[Array, ""],
+) -> LayerCache:
+    """Writes T new keys and values at `index`; in place when the cache is donated."""
+    at = (0, index, 0, 0)
+    old_k, old_v = layer
+    k = lax.dynamic_update_slice(old_k, k.astype(old_k.dtype), at)
+    return k, lax.dynamic_update_slice(old_v, v.astype(old_v.dtype), at)
+
+
+def attention_mask(segments: Segments) -> Bool[Array, "batch T S"]:
+    """True where query i may see key j: j <= i + q_offset, and the same segment.
+
+    With q = kv = [1, 1, 2, 0] and offset 0 the rows are 1000, 1100, 0010, 0001.
+    """
+    num_q, num_kv = segments.q.shape[-1], segments.kv.shape[-1]
+    causal = jnp.arange(num_kv)[None] <= jnp.arange(num_q)[:, None] + segments.q_offset
+    return causal[None] & (segments.q[:, :, None] == segments.kv[:, None, :])
+
+
+def attend(
+    q: Float[Array, "batch T heads head_dim"],
+    k: Float[Array, "batch S kv_heads head_dim"],
+    v: Float[Array, "batch S kv_heads head_dim"],
+    segments: Segments,
+    implementation: str = "xla",
+) -> Float[Array, "batch T heads head_dim"]:
+    """Softmax attention with scale 1/sqrt(head_dim); query head h reads kv head h // group.
+
+    The softmax is taken in float32. Every kernel must honour the segments.
+
+    Raises:
+        ValueError: An implementation that is not one of `ATTENTION_KERNELS`.
+    """
+    if implementation not in ATTENTION_KERNELS:
+        raise ValueError(
+            f"attention implementation {implementation!r} is unknown;"
+            f" choose from {list(ATTENTION_KERNELS)}"
+        )
+    return ATTENTION_KERNELS[implementation](q, k, v, segments)
+
+
+def _xla_attention(q, k, v, segments):
+    mask = attention_mask(segments)[:, None]
+    return jax.nn.dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=mask)
+
+
+ATTENTION_KERNELS = {"xla": _xla_attention}

@@ -1,0 +1,479 @@
+"""The image autoencoder, and the way from images to tokens and back.
+
+NextStep-1 (arXiv 2508.10711), section on the image tokenizer: a Flux-shaped VAE with 8-fold
+downsampling and 16 channels, whose latent is normalised without gain or bias over the values of
+each 2x2 patch and folded into tokens of width 64. The mathematics are free functions; the modules
+declare parameters under the published tensor names, with underscores for the dots between a level
+and its blocks (`encoder.down.0.block.1.norm1` is `encoder/down_0_block_1/norm1`).
+
+Words for axes: images are (batch, height, width, channels) in [-1, 1]; latents are (batch, rows,
+columns, latent); tokens are (batch, tokens, token) with token = (c, p, q), where p and q are the
+row and the column inside a patch.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, UInt8
+
+from nextstep_jax.models.config import VAEConfig
+
+# Range of the log-variance that a sample is drawn with, as in the original LDM.
+LOG_VARIANCE_RANGE = (-30.0, 20.0)
+
+# Uniform in +-1/sqrt(fan_in), the default of the framework that the original is written in. The
+# paper trains from Flux's weights, so that no initialiser is published; zero biases are ours.
+_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+# Tokens and latents.
+
+
+def space_to_depth(
+    latents: Float[Array, "... height width channels"], patch_size: int
+) -> Float[Array, "... tokens token"]:
+    """Folds patches into tokens: row-major tokens, (c, p, q) inside a token.
+
+    Raises:
+        ValueError: A side is not a multiple of `patch_size`.
+    """
+    *batch, height, width, channels = latents.shape
+    if height % patch_size or width % patch_size:
+        raise ValueError(
+            f"latents of {height}x{width} do not divide into patches of patch_size={patch_size}"
+        )
+    rows, columns = height // patch_size, width // patch_size
+    patches = latents.reshape(math.prod(batch), rows, patch_size, columns, patch_size, channels)
+    patches = patches.transpose(0, 1, 3, 5, 2, 4)  # batch, row, column, c, p, q
+    return patches.reshape(*batch, rows * columns, channels * patch_size**2)
+
+
+def depth_to_space(
+    tokens: Float[Array, "... tokens token"],
+    grid: tuple[int, int],
+    patch_size: int,
+    channels: int,
+) -> Float[Array, "... height width {channels}"]:
+    """The inverse of `space_to_depth`; `grid` is (rows, columns) of tokens.
+
+    Raises:
+        ValueError: The tokens are not rows * columns many, or not channels * patch_size^2 wide.
+    """
+    rows, columns = grid
+    *batch, num_tokens, token_dim = tokens.shape
+    if num_tokens != rows * columns:
+        raise ValueError(f"{num_tokens} tokens do not fill grid={rows}x{columns}")
+    if token_dim != channels * patch_size**2:
+        raise ValueError(
+            f"tokens of width {token_dim} are not channels={channels} x patch_size={patch_size}^2"
+        )
+    patches = tokens.reshape(math.prod(batch), rows, columns, channels, patch_size, patch_size)
+    patches = patches.transpose(0, 1, 4, 2, 5, 3)  # batch, row, p, column, q, c
+    return patches.reshape(*batch, rows * patch_size, columns * patch_size, channels)
+
+
+def normalize_tokens(tokens: Float[Array, "... token"], eps: float) -> Float[Array, "... token"]:
+    """LayerNorm over the last axis without gain or bias, in float32 inside.
+
+    The same formula serves as the optional norm of sampled tokens.
+    """
+    centered = tokens.astype(jnp.float32)
+    centered -= jnp.mean(centered, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
+    return (centered / jnp.sqrt(variance + eps)).astype(tokens.dtype)
+
+
+def normalize_latents(
+    latents: Float[Array, "... height width channels"], patch_size: int, eps: float
+) -> Float[Array, "... height width channels"]:
+    """`normalize_tokens` over the channels * patch_size^2 values of every patch."""
+    height, width, channels = latents.shape[-3:]
+    tokens = normalize_tokens(space_to_depth(latents, patch_size), eps)
+    grid = (height // patch_size, width // patch_size)
+    return depth_to_space(tokens, grid, patch_size, channels)
+
+
+def sample_posterior(
+    mean: Float[Array, "*shape"],
+    log_variance: Float[Array, "*shape"],
+    noise: Float[Array, "*shape"],
+) -> Float[Array, "*shape"]:
+    """A sample of the encoder's Gaussian, given standard normal noise."""
+    log_variance = jnp.clip(log_variance, *LOG_VARIANCE_RANGE)
+    return mean + jnp.exp(0.5 * log_variance) * noise
+
+
+def to_uint8(
+    images: Float[Array | np.ndarray, "... height width channels"],
+) -> UInt8[Array, "... height width channels"]:
+    """Pixels in 0 ... 255 from images in [-1, 1]; values outside are clamped."""
+    unit = jnp.clip(jnp.asarray(images, jnp.float32) / 2 + 0.5, 0.0, 1.0)
+    return jnp.round(unit * 255).astype(jnp.uint8)
+
+
+def from_uint8(
+    pixels: UInt8[Array | np.ndarray, "... height width channels"],
+) -> Float[Array, "... height width channels"]:
+    """Images in [-1, 1], float32, from pixels in 0 ... 255."""
+    return jnp.asarray(pixels, jnp.float32) / 127.5 - 1.0
+
+
+# Layers.
+
+
+def group_norm(
+    features: Float[Array, "batch height width channels"],
+    scale: Float[Array, " channels"],
+    bias: Float[Array, " channels"],
+    num_groups: int,
+    eps: float,
+) -> Float[Array, "batch height width channels"]:
+    """GroupNorm (Wu and He, arXiv 1803.08494) over space and adjacent channels.
+
+    Computed in float32, in two passes: the one-pass form E[x^2] - E[x]^2 cancels when a group's
+    mean is large against its spread.
+
+    Raises:
+        ValueError: The channels do not divide into the groups.
+    """
+    batch, height, width, channels = features.shape
+    if channels % num_groups:
+        raise ValueError(f"channels={channels} must be a multiple of num_groups={num_groups}")
+    grouped = features.astype(jnp.float32)
+    grouped = grouped.reshape(batch, height, width, num_groups, channels // num_groups)
+    grouped -= jnp.mean(grouped, axis=(1, 2, 4), keepdims=True)
+    variance = jnp.mean(jnp.square(grouped), axis=(1, 2, 4), keepdims=True)
+    normalized = (grouped * jax.lax.rsqrt(variance + eps)).reshape(features.shape)
+    return (normalized * scale + bias).astype(features.dtype)
+
+
+def spatial_attention(
+    query: Float[Array, "batch height width channels"],
+    key: Float[Array, "batch height width channels"],
+    value: Float[Array, "batch height width channels"],
+) -> Float[Array, "batch height width channels"]:
+    """Single-head attention of every pixel to every pixel, logits scaled by 1/sqrt(channels)."""
+    batch, height, width, channels = query.shape
+    heads = (batch, height * width, 1, channels)
+    attended = jax.nn.dot_product_attention(
+        query.reshape(heads), key.reshape(heads), value.reshape(heads)
+    )
+    return attended.reshape(query.shape)
+
+
+def upsample_nearest(
+    features: Float[Array, "batch height width channels"],
+) -> Float[Array, "batch doubled_height doubled_width channels"]:
+    """Repeats every pixel into a 2x2 block."""
+    return features.repeat(2, axis=1).repeat(2, axis=2)
+
+
+def _conv(features: int, kernel_size: int, dtype: DTypeLike, name: str, **more) -> nn.Conv:
+    """A convolution that keeps the size, unless `more` says otherwise."""
+    return nn.Conv(
+        features,
+        (kernel_size, kernel_size),
+        padding=more.pop("padding", kernel_size // 2),
+        kernel_init=_kernel_init,
+        dtype=dtype,
+        name=name,
+        **more,
+    )
+
+
+class GroupNorm(nn.Module):
+    """Parameters of `group_norm`.
+
+    Attributes:
+        config: The autoencoder's configuration.
+    """
+
+    config: VAEConfig
+
+    @nn.compact
+    def __call__(
+        self, features: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch height width channels"]:
+        """Normalises; see `group_norm`."""
+        scale = self.param("scale", nn.initializers.ones, features.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, features.shape[-1:])
+        return group_norm(features, scale, bias, self.config.num_groups, self.config.norm_eps)
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU and convolution, twice, beside a shortcut.
+
+    Attributes:
+        config: The autoencoder's configuration.
+        channels: Channels of the result; the shortcut is a 1x1 convolution where they change.
+        dtype: Type of the computation; parameters are float32.
+    """
+
+    config: VAEConfig
+    channels: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, features: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch height width out"]:
+        """Returns features of the same size with `channels` channels."""
+        hidden = nn.silu(GroupNorm(self.config, name="norm1")(features))
+        hidden = _conv(self.channels, 3, self.dtype, "conv1")(hidden)
+        hidden = nn.silu(GroupNorm(self.config, name="norm2")(hidden))
+        hidden = _conv(self.channels, 3, self.dtype, "conv2")(hidden)
+        if features.shape[-1] != self.channels:
+            features = _conv(self.channels, 1, self.dtype, "nin_shortcut")(features)
+        return features + hidden
+
+
+class AttentionBlock(nn.Module):
+    """Residual single-head self-attention over all pixels.
+
+    Attributes:
+        config: The autoencoder's configuration.
+        dtype: Type of the computation; parameters are float32.
+    """
+
+    config: VAEConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, features: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch height width channels"]:
+        """Returns features of the same shape."""
+        channels = features.shape[-1]
+        hidden = GroupNorm(self.config, name="norm")(features)
+        # 1x1 convolutions rather than dense layers: the published tensors are 4-dimensional.
+        query, key, value = (_conv(channels, 1, self.dtype, name)(hidden) for name in "qkv")
+        attended = spatial_attention(query, key, value)
+        return features + _conv(channels, 1, self.dtype, "proj_out")(attended)
+
+
+def _middle(config: VAEConfig, channels: int, dtype: DTypeLike, features: Array) -> Array:
+    """The blocks at the lowest resolution; called inside a compact method."""
+    features = ResidualBlock(config, channels, dtype, name="mid_block_1")(features)
+    features = AttentionBlock(config, dtype, name="mid_attn_1")(features)
+    return ResidualBlock(config, channels, dtype, name="mid_block_2")(features)
+
+
+class Downsample(nn.Module):
+    """Halves both sides by a convolution with stride 2.
+
+    Attributes:
+        dtype: Type of the computation; parameters are float32.
+    """
+
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, features: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch half_height half_width channels"]:
+        """Pads on the right and below only, so that output pixel i starts at input pixel 2i."""
+        conv = _conv(features.shape[-1], 3, self.dtype, "conv", strides=2, padding=((0, 1), (0, 1)))
+        return conv(features)
+
+
+class Upsample(nn.Module):
+    """Doubles both sides: nearest neighbour, then a convolution.
+
+    Attributes:
+        dtype: Type of the computation; parameters are float32.
+    """
+
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, features: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch doubled_height doubled_width channels"]:
+        """Returns features of twice the size."""
+        return _conv(features.shape[-1], 3, self.dtype, "conv")(upsample_nearest(features))
+
+
+class Encoder(nn.Module):
+    """Images to the mean and log-variance of the latent.
+
+    Attributes:
+        config: The autoencoder's configuration.
+        dtype: Type of the computation; parameters are float32.
+    """
+
+    config: VAEConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch rows columns moments"]:
+        """Returns [mean, log-variance] along the last axis."""
+        config, dtype = self.config, self.dtype
+        widths = [config.channels * m for m in config.channel_multipliers]
+        features = _conv(config.channels, 3, dtype, "conv_in")(images)
+        for level, width in enumerate(widths):
+            for block in range(config.num_res_blocks):
+                name = f"down_{level}_block_{block}"
+                features = ResidualBlock(config, width, dtype, name=name)(features)
+            if level < len(widths) - 1:
+                features = Downsample(dtype, name=f"down_{level}_downsample")(features)
+        features = _middle(config, widths[-1], dtype, features)
+        features = nn.silu(GroupNorm(config, name="norm_out")(features))
+        return _conv(2 * config.latent_channels, 3, dtype, "conv_out")(features)
+
+
+class Decoder(nn.Module):
+    """Latents to images.
+
+    Attributes:
+        config: The autoencoder's configuration.
+        dtype: Type of the computation; parameters are float32.
+    """
+
+    config: VAEConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, latents: Float[Array, "batch rows columns latent"]
+    ) -> Float[Array, "batch height width channels"]:
+        """Returns images, not clamped."""
+        config, dtype = self.config, self.dtype
+        widths = [config.channels * m for m in config.channel_multipliers]
+        features = _conv(widths[-1], 3, dtype, "conv_in")(latents)
+        features = _middle(config, widths[-1], dtype, features)
+        # Levels are numbered by resolution, level 0 being the images', so that they run backwards.
+        for level, width in reversed(list(enumerate(widths))):
+            for block in range(config.num_res_blocks + 1):
+                name = f"up_{level}_block_{block}"
+                features = ResidualBlock(config, width, dtype, name=name)(features)
+            if level > 0:
+                features = Upsample(dtype, name=f"up_{level}_upsample")(features)
+        features = nn.silu(GroupNorm(config, name="norm_out")(features))
+        return _conv(config.in_channels, 3, dtype, "conv_out")(features)
+
+
+class VAE(nn.Module):
+    """The autoencoder with its normalisation and its scaling constants.
+
+    Every method takes and returns float32; `dtype` is the type of the convolutions between.
+
+    Attributes:
+        config: The configuration.
+        dtype: Type of the computation; parameters are float32.
+    """
+
+    config: VAEConfig
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self):
+        """Declares both halves."""
+        self.encoder = Encoder(self.config, self.dtype)
+        self.decoder = Decoder(self.config, self.dtype)
+
+    def __call__(
+        self, images: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch height width channels"]:
+        """The reconstruction from the latent's mean, not clamped."""
+        return self.decode(self.encode(images))
+
+    def encode_moments(
+        self, images: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch rows columns moments"]:
+        """The encoder's [mean, log-variance] along the last axis, before any normalisation.
+
+        Raises:
+            ValueError: The sides of the images are off the latent's grid, or off the patches of
+                the normalisation.
+        """
+        self._check_images(images, self.config.norm_patch_size or 1)
+        return self.encoder(images).astype(jnp.float32)
+
+    def encode(
+        self,
+        images: Float[Array, "batch height width channels"],
+        noise: Float[Array, "batch rows columns latent"] | None = None,
+    ) -> Float[Array, "batch rows columns latent"]:
+        """Latents, normalised as the configuration says, without shift and scale.
+
+        Args:
+            images: In [-1, 1].
+            noise: Standard normal. With it the latents are a sample, unless the configuration is
+                deterministic; without it they are the mean.
+        """
+        config = self.config
+        mean, log_variance = jnp.split(self.encode_moments(images), 2, axis=-1)
+        if config.norm_patch_size is not None:
+            # The mean alone: the log-variance keeps the scale that the encoder gave it.
+            mean = normalize_latents(mean, config.norm_patch_size, config.latent_norm_eps)
+        if noise is None or config.deterministic:
+            return mean
+        return sample_posterior(mean, log_variance, noise)
+
+    def decode(
+        self, latents: Float[Array, "batch rows columns latent"]
+    ) -> Float[Array, "batch height width channels"]:
+        """Images from latents as `encode` gives them, not clamped.
+
+        Raises:
+            ValueError: The latents have another number of channels than the configuration.
+        """
+        if latents.shape[-1] != self.config.latent_channels:
+            raise ValueError(
+                f"latents have {latents.shape[-1]} channels, "
+                f"latent_channels={self.config.latent_channels} are needed"
+            )
+        return self.decoder(latents).astype(jnp.float32)
+
+    def encode_tokens(
+        self,
+        images: Float[Array, "batch height width channels"],
+        patch_size: int = 2,
+        noise: Float[Array, "batch rows columns latent"] | None = None,
+    ) -> Float[Array, "batch tokens token"]:
+        """The model's image tokens: shifted and scaled latents, folded by `space_to_depth`.
+
+        Args:
+            images: In [-1, 1].
+            patch_size: Latent pixels along one side of a token.
+            noise: See `encode`.
+
+        Raises:
+            ValueError: The sides of the images are off the token grid.
+        """
+        self._check_images(images, patch_size)
+        latents = self.encode(images, noise)
+        latents = (latents - self.config.shift_factor) * self.config.scaling_factor
+        return space_to_depth(latents, patch_size)
+
+    def decode_tokens(
+        self,
+        tokens: Float[Array, "batch tokens token"],
+        grid: tuple[int, int],
+        patch_size: int = 2,
+    ) -> Float[Array, "batch height width channels"]:
+        """Images from tokens on a `grid` of (rows, columns), not clamped; undoes `encode_tokens`.
+
+        Raises:
+            ValueError: See `depth_to_space`.
+        """
+        latents = depth_to_space(tokens, grid, patch_size, self.config.latent_channels)
+        return self.decode(latents / self.config.scaling_factor + self.config.shift_factor)
+
+    def _check_images(self, images: Array, patch_size: int) -> None:
+        _, height, width, channels = images.shape
+        if channels != self.config.in_channels:
+            raise ValueError(
+                f"images have {channels} channels, in_channels={self.config.in_channels} are needed"
+            )
+        side = self.config.downsampling * patch_size
+        if height % side or width % side:
+            raise ValueError(
+                f"image height and width must be multiples of {side} (downsampling="
+                f"{self.config.downsampling} x patch_size={patch_size}), not {height}x{width}"
+            )

@@ -1,0 +1,1 @@
+"""Losses, optimizer, state, step and loop, with their checkpoints and metrics."""

@@ -1,0 +1,167 @@
+"""From an experiment's config file to the task and the loop that train it.
+
+A config file in `configs/` returns an `ml_collections.ConfigDict`; here its plain values become
+the dataclasses that own the defaults, so that a key which no dataclass has is an error.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from nextstep_jax.data.pipeline import DataConfig
+from nextstep_jax.data.shapes import ShapesSource
+from nextstep_jax.data.sources import DocumentSource, ImageFolderSource
+from nextstep_jax.data.text_tokenizer import TextTokenizer, train_bpe
+from nextstep_jax.models.config import (
+    DECODERS,
+    FLOW_HEADS,
+    NextStepConfig,
+    VAEConfig,
+    nextstep_config,
+)
+from nextstep_jax.models.nextstep import NextStep
+from nextstep_jax.models.vae import VAE
+from nextstep_jax.training.loop import LoopConfig
+from nextstep_jax.training.optimizer import OptimizerConfig
+from nextstep_jax.training.pretrain import LossConfig, NextStepTask
+from nextstep_jax.training.tokenizer import TokenizerConfig, TokenizerTask
+
+# Documents of each source that the text tokenizer of a small model is trained on.
+_NUM_TOKENIZER_DOCUMENTS = 4000
+
+
+def build(cls: type, values: Mapping[str, Any], section: str) -> Any:
+    """`cls(**values)`, lists as tuples.
+
+    Raises:
+        ValueError: A key that the dataclass does not have; the message lists those it has.
+    """
+    known = [field.name for field in dataclasses.fields(cls)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"config.{section}: unknown keys {unknown}; known are {known}")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def build_loop(config: Mapping[str, Any]) -> LoopConfig:
+    """The loop; `config.optimizer` and `config.loop`; the cosine ends with the run."""
+    loop = dict(config["loop"])
+    optimizer = {"num_steps": loop.get("num_steps", 1000), **config["optimizer"]}
+    loop["optimizer"] = build(OptimizerConfig, optimizer, "optimizer")
+    loop["mesh"] = tuple(dict(loop.get("mesh", {})).items())
+    return build(LoopConfig, loop, "loop")
+
+
+def build_model_config(values: Mapping[str, Any]) -> NextStepConfig:
+    """A named size with some fields replaced; `decoder` and `flow_head` are replaced in part.
+
+    Raises:
+        ValueError: Unknown sizes or fields.
+    """
+    values = dict(values)
+    config = nextstep_config(values.pop("size"), values.pop("head", None))
+    parts = {}
+    for name, table in (("decoder", DECODERS), ("flow_head", FLOW_HEADS)):
+        changes = dict(values.pop(name, {}))
+        fields = dataclasses.asdict(getattr(config, name))
+        parts[name] = build(type(next(iter(table.values()))), {**fields, **changes}, name)
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return build(NextStepConfig, {**fields, **values, **parts}, "model")
+
+
+def build_source(values: Mapping[str, Any], image_size: int) -> DocumentSource:
+    """A source of documents: type "shapes" (the built-in world) or "folder" (captioned images).
+
+    Raises:
+        ValueError: An unknown type, or arguments that the source refuses.
+    """
+    values = dict(values)
+    values.pop("weight", None)
+    kind = values.pop("type")
+    if kind == "shapes":
+        return ShapesSource(**{"image_size": image_size, **values})
+    if kind == "folder":
+        return ImageFolderSource(**values)
+    raise ValueError(f"source type {kind!r} is unknown; choose from ['shapes', 'folder']")
+
+
+def build_sources(config: Mapping[str, Any]) -> dict[str, tuple[DocumentSource, float]]:
+    """Name -> (source, weight) of `config.sources`."""
+    size = config["image_size"]
+    return {
+        name: (build_source(values, size), float(values.get("weight", 1.0)))
+        for name, values in config["sources"].items()
+    }
+
+
+def load_or_train_text_tokenizer(
+    path: pathlib.Path, sources: Mapping[str, tuple[DocumentSource, float]], vocab_size: int
+) -> TextTokenizer:
+    """The run's own tokenizer if it stands in `path`, else a new one from the sources' text."""
+    if pathlib.Path(path).is_file():
+        return TextTokenizer.from_file(path)
+    texts = (
+        part.text
+        for source, _ in sources.values()
+        for i in range(min(len(source), _NUM_TOKENIZER_DOCUMENTS))
+        for part in source[i].parts
+        if hasattr(part, "text")
+    )
+    # Size strings are text too.
+    sizes = [f"{rows}*{columns}" for rows in range(65) for columns in (rows, 2 * rows)]
+    return train_bpe([*texts, *sizes], vocab_size)
+
+
+def build_tokenizer_task(config: Mapping[str, Any]) -> tuple[TokenizerTask, LoopConfig]:
+    """The training of an image tokenizer, from sections vae, tokenizer, source, optimizer, loop."""
+    vae = VAE(build(VAEConfig, config["vae"], "vae"), dtype=_dtype(config))
+    train = build(TokenizerConfig, config["tokenizer"], "tokenizer")
+    source = build_source(config["source"], train.image_size)
+    return TokenizerTask(vae, source, train, plain(config)), build_loop(config)
+
+
+def build_nextstep_task(
+    config: Mapping[str, Any], vae: VAE, vae_params: Any, tokenizer: TextTokenizer
+) -> tuple[NextStepTask, LoopConfig]:
+    """The training of the unified model, from sections model, data, sources, loss, ..."""
+    model_config = build_model_config(config["model"])
+    _check_vae(model_config, vae.config)
+    model = NextStep(
+        model_config,
+        dtype=_dtype(config),
+        attention=config.get("attention", "xla"),
+        remat=config.get("remat", "none"),
+    )
+    data = build(DataConfig, config["data"], "data")
+    loss = build(LossConfig, config.get("loss", {}), "loss")
+    args = (build_sources(config), tokenizer, data, loss, plain(config))
+    return NextStepTask(model, vae, vae_params, *args), build_loop(config)
+
+
+def plain(config: Any) -> Any:
+    """Nested mappings and tuples as dicts and lists, for JSON."""
+    if isinstance(config, Mapping) or hasattr(config, "items"):
+        return {key: plain(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [plain(value) for value in config]
+    return config
+
+
+def _dtype(config: Mapping[str, Any]) -> Any:
+    name = config.get("dtype", "float32")
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"config.dtype={name!r}; choose from ['float32', 'bfloat16']")
+    return jnp.dtype(name)
+
+
+def _check_vae(model: NextStepConfig, vae: VAEConfig) -> None:
+    pairs = (("latent_channels", "latent_channels"), ("downsampling", "downsampling"))
+    for name, other in pairs:
+        if getattr(model, name) != getattr(vae, other):
+            raise ValueError(
+                f"model {name}={getattr(model, name)} does not match the image tokenizer's"
+                f" {getattr(vae, other)}"
+            )

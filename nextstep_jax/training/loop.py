@@ -1,0 +1,287 @@
+"""The training loop, shared by every trainer of the project.
+
+A task says what is trained (`Task`); the loop owns the rest, in a fixed order: mesh -> data ->
+abstract state -> shardings -> init or restore -> compile and memory report -> steps. Inside a
+step: save, then next batch, then update; the order makes a restart continue bit for bit.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+from flax import linen as nn
+
+from nextstep_jax.parallel import mesh as meshes
+from nextstep_jax.parallel import sharding
+from nextstep_jax.training.checkpoint import Checkpoint, CheckpointStore, Clock
+from nextstep_jax.training.metrics import MetricsWriter, check_finite
+from nextstep_jax.training.optimizer import OptimizerConfig
+from nextstep_jax.training.state import Metrics, TrainState, init_state, make_train_step
+
+
+class Task(Protocol):
+    """What is trained.
+
+    Attributes:
+        name: Stands in front of the progress line.
+        config: The experiment as plain values, for the checkpoint.
+        fingerprint: What the order of the data depends on.
+    """
+
+    name: str
+    config: dict[str, Any]
+    fingerprint: dict[str, Any]
+
+    def init_params(self, key: jax.Array) -> Any:
+        """Initial parameters, boxed with their logical axes."""
+
+    def loss(self, params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        """The scalar to minimise and what to log."""
+
+    def dataset(self, process_index: int, process_count: int) -> Any:
+        """A Grain IterDataset of dicts of arrays, the local part of the batch."""
+
+    def prepare(self, batch: Any) -> Any:
+        """The pipeline's arrays on the device -> what `loss` reads; frozen networks go here."""
+
+    def num_samples(self, batch: Mapping[str, Any]) -> int:
+        """Samples in a batch of the pipeline, for the clock."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How long, how often, on what.
+
+    Attributes:
+        num_steps: Steps of the run.
+        seed: Of parameters and of the draws in the loss.
+        optimizer: See `OptimizerConfig`.
+        mesh: Axis name -> size; empty puts all devices on fsdp.
+        checkpoint_every: Steps between checkpoints; the last step is always saved.
+        keep_checkpoints: How many stay on disk.
+        log_every: Steps between lines of metrics.
+        hook_every: Steps between calls of the hooks; the last step always calls them. 0 is never.
+    """
+
+    num_steps: int = 1000
+    seed: int = 0
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: tuple[tuple[str, int], ...] = ()
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    hook_every: int = 0
+
+
+# (step, state, writer): sample grids, evaluations; called between steps.
+Hook = Callable[[int, TrainState, MetricsWriter], None]
+
+
+@dataclasses.dataclass
+class Setup:
+    """A task placed on a mesh: everything but the data.
+
+    Attributes:
+        mesh: The devices.
+        abstract: The state's shapes, dtypes and shardings.
+        shardings: The state's shardings.
+        init: () -> state, jitted onto the shardings.
+        step: (state, batch) -> (state, metrics), jitted, the state donated.
+    """
+
+    mesh: jax.sharding.Mesh
+    abstract: TrainState
+    shardings: TrainState
+    init: Callable[[], TrainState]
+    step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+
+
+def set_up(task: Task, config: LoopConfig, devices: Sequence | None = None) -> Setup:
+    """Mesh, abstract state, shardings and the two jitted functions of a run."""
+    mesh = meshes.make_mesh(dict(config.mesh) or None, devices)
+
+    def make_state(key):
+        params_key, run_key = jax.random.split(key)
+        return init_state(task.init_params(params_key), config.optimizer, run_key)
+
+    def train_step(state, batch):
+        with sharding.rules():
+            return make_train_step(task.loss, config.optimizer)(state, batch)
+
+    with jax.set_mesh(mesh):
+        boxed = jax.eval_shape(make_state, jax.random.key(config.seed))
+        shardings = sharding.tree_shardings(boxed, mesh)
+        abstract = sharding.abstract_with_shardings(boxed, shardings)
+    init = jax.jit(lambda key: nn.unbox(make_state(key)), out_shardings=shardings)
+    out_shardings = (shardings, sharding.replicated(mesh))
+    step = jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+    return Setup(mesh, abstract, shardings, lambda: init(jax.random.key(config.seed)), step)
+
+
+def memory_report(compiled: Any) -> str:
+    """Bytes a device needs for one step, as the compiler planned it."""
+    stats = compiled.memory_analysis()
+    if stats is None:
+        return "no memory analysis on this platform"
+    sizes = {
+        "arguments": stats.argument_size_in_bytes,
+        "outputs": stats.output_size_in_bytes,
+        "donated": stats.alias_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+    }
+    return ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in sizes.items())
+
+
+def run(
+    task: Task, config: LoopConfig, workdir: pathlib.Path, hooks: Sequence[Hook] = ()
+) -> TrainState:
+    """Trains until `num_steps`, continuing whatever the workdir holds.
+
+    A workdir holds `config.json`, `checkpoints/`, `metrics.jsonl` and `tensorboard/`. SIGTERM
+    saves and returns after the step in flight.
+
+    Raises:
+        NonFiniteError: Loss or gradient is NaN or infinite; earlier checkpoints stay as they are.
+        ValueError: The checkpoint's data order does not continue under this configuration.
+    """
+    # ----- Mesh, data, abstract state, shardings -----
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    setup = set_up(task, config)
+    # Created late: restoring or reading starts its prefetch threads.
+    dataset = task.dataset(jax.process_index(), jax.process_count())
+    iterator = iter(dataset)
+
+    # ----- Restore this run, or start -----
+    store = CheckpointStore(workdir / "checkpoints", config.keep_checkpoints)
+    run_config = {"loop": dataclasses.asdict(config), **task.config}
+    checkpoint = Checkpoint(setup.abstract, iterator, Clock(), run_config, task.fingerprint)
+    restored = store.restore(checkpoint)
+    if restored is not None:
+        checkpoint = restored
+        logging.info("continuing at step %d", int(checkpoint.state.step))
+    else:
+        with jax.set_mesh(setup.mesh):
+            checkpoint.state = setup.init()
+    if jax.process_index() == 0:
+        (workdir / "config.json").write_text(json.dumps(run_config, indent=2) + "\n")
+
+    # ----- Steps -----
+    start = int(checkpoint.state.step)
+    writer = MetricsWriter(workdir, start, config.num_steps, task.name)
+    try:
+        with jax.set_mesh(setup.mesh), _SigTerm() as stop:
+            _steps(task, config, setup, checkpoint, store, writer, hooks, stop)
+    finally:
+        writer.close()
+        store.close()
+    return checkpoint.state
+
+
+def _steps(task, config, setup, checkpoint, store, writer, hooks, stop) -> None:
+    """Save, next, update; `checkpoint` holds the current state throughout."""
+    pending = _Pending(config, writer)
+    to_device = _to_device(setup.mesh)
+    step_fn = None
+    start = step = int(checkpoint.state.step)
+    began, seconds = time.monotonic(), checkpoint.clock.seconds
+    while step < config.num_steps and not stop.requested:
+        # NOTE: the order of save, next and update must not change.
+        if step > start and step % config.checkpoint_every == 0:
+            pending.flush()
+            store.save(step, checkpoint)
+        waited = time.monotonic()
+        local = next(checkpoint.dataset)
+        waited = time.monotonic() - waited
+        with jax.transfer_guard("disallow"):
+            batch = task.prepare(to_device(local))
+            if step_fn is None:
+                step_fn = _compile(setup, checkpoint.state, batch)
+            checkpoint.state, metrics = step_fn(checkpoint.state, batch)
+        step += 1
+        checkpoint.clock.samples += task.num_samples(local)
+        checkpoint.clock.seconds = seconds + time.monotonic() - began
+        extra = {**dataclasses.asdict(checkpoint.clock), "data_wait": waited}
+        pending.push(step, metrics, extra)
+        if config.hook_every and (step % config.hook_every == 0 or step == config.num_steps):
+            pending.flush()
+            for hook in hooks:
+                hook(step, checkpoint.state, writer)
+    pending.flush()
+    if step > start:
+        store.save(step, checkpoint)
+    if stop.requested:
+        logging.warning("stopped by SIGTERM at step %d; saved", step)
+
+
+def _compile(setup: Setup, state: TrainState, batch: Any) -> Any:
+    began = time.monotonic()
+    compiled = setup.step.lower(state, batch).compile()
+    seconds = time.monotonic() - began
+    logging.info("compiled the step in %.1f s; %s", seconds, memory_report(compiled))
+    return compiled
+
+
+def _to_device(mesh):
+    """Local numpy arrays -> global arrays, the leading axis over the batch axes of the mesh."""
+    rows = sharding.batch_sharding(mesh)
+
+    def put(local):
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), local)
+
+    return put
+
+
+class _Pending:
+    """Metrics of the step that is still running; handed on when the next one has been sent."""
+
+    def __init__(self, config: LoopConfig, writer: MetricsWriter):
+        self._config, self._writer, self._entry = config, writer, None
+
+    def push(self, step: int, metrics: Metrics, extra: dict[str, float]) -> None:
+        entry, self._entry = self._entry, (step, metrics, extra)
+        self._hand_on(entry)
+
+    def flush(self) -> None:
+        entry, self._entry = self._entry, None
+        self._hand_on(entry)
+
+    def _hand_on(self, entry) -> None:
+        if entry is None:
+            return
+        step, metrics, extra = entry
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        check_finite(step, values)
+        if step % self._config.log_every == 0 or step in (1, self._config.num_steps):
+            # Lines count updates from 0, as the state did when the step began.
+            self._writer.write(step - 1, {**values, **extra})
+        shown = {k: v for k, v in values.items() if k == "loss" or k.endswith("_loss")}
+        rate = extra["samples"] / max(extra["seconds"], 1e-9)
+        self._writer.progress(step, {**shown, "samples/s": rate})
+
+
+class _SigTerm(contextlib.AbstractContextManager):
+    """Notes SIGTERM instead of dying of it."""
+
+    requested = False
+
+    def __enter__(self):
+        try:
+            self._previous = signal.signal(signal.SIGTERM, self._note)
+        except ValueError:  # not the main thread: the caller handles signals
+            self._previous = None
+        return self
+
+    def __exit__(self, *_):
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _note(self, *_):
+        self.requested = True

@@ -1,0 +1,94 @@
+"""Where the numbers of a run go: one JSON line a step, TensorBoard, and a progress line.
+
+Reading a metric waits for the device, so the loop hands metrics over one step late: by then the
+next step is already running.
+"""
+
+import json
+import math
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+JSONL = "metrics.jsonl"
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradient is NaN or infinite."""
+
+
+def check_finite(step: int, values: dict[str, float]) -> None:
+    """Raises NonFiniteError, naming the step, if loss or gradient norm is NaN or infinite."""
+    bad = {
+        name: values[name]
+        for name in ("loss", "grad_norm")
+        if name in values and not math.isfinite(values[name])
+    }
+    if bad:
+        raise NonFiniteError(f"step {step}: {bad}; the last good checkpoint is kept")
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics file, in order."""
+    path = pathlib.Path(workdir) / JSONL
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class MetricsWriter:
+    """Writes on process 0 and does nothing elsewhere."""
+
+    def __init__(self, workdir: pathlib.Path, start_step: int, num_steps: int, description: str):
+        """Opens the files; lines of steps from `start_step` on are cut, they will come again."""
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        workdir = pathlib.Path(workdir)
+        kept = [line for line in read_metrics(workdir) if line["step"] < start_step]
+        path = workdir / JSONL
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        fresh.rename(path)
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step)
+        self._bar = tqdm(
+            total=num_steps,
+            initial=start_step,
+            desc=description,
+            unit="step",
+            dynamic_ncols=True,
+            smoothing=0.05,
+            mininterval=1.0,
+        )
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line for a step."""
+        if not self._active:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def progress(self, step: int, values: dict[str, float]) -> None:
+        """Moves the progress line to a step."""
+        if not self._active:
+            return
+        shown = {name: f"{value:.4g}" for name, value in values.items()}
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """A picture, uint8 (height, width, 3), for TensorBoard."""
+        if self._active:
+            self._board.add_image(name, pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Closes the files."""
+        if self._active:
+            self._bar.close()
+            self._file.close()
+            self._board.close()

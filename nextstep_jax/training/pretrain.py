@@ -1,0 +1,189 @@
+"""What NextStep-1 is trained on: cross-entropy and flow matching over packed rows.
+
+L = w_text * L_text + w_image * L_image with weights 0.01 and 1 (arXiv 2508.10711, eq 2). Pixels
+become image tokens in a jitted encode of their own, keyed by image size; the loss sees tokens.
+
+Axes: batch, length, embed, token; n = image positions gathered from a row.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nextstep_jax.data.pipeline import DataConfig, Sources, make_pipeline, pipeline_fingerprint
+from nextstep_jax.data.text_tokenizer import TextTokenizer
+from nextstep_jax.flow.path import logit_normal_times
+from nextstep_jax.models.nextstep import NextStep, init_params
+from nextstep_jax.models.vae import VAE, from_uint8
+from nextstep_jax.training.losses import (
+    chunked_cross_entropy,
+    flow_matching_error,
+    gather_image_positions,
+    next_position,
+    weighted_mean,
+)
+
+Batch = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Weights of the losses and sizes of their pieces.
+
+    Attributes:
+        text_weight: Weight of the cross-entropy (paper, Table 1).
+        image_weight: Weight of the flow loss (paper, Table 1).
+        text_chunk: Positions of a row whose logits exist at one time. Ours: memory against speed.
+        image_positions: Image positions gathered from a row; a row must not hold more. None
+            gathers the whole row. Ours: a matter of speed.
+    """
+
+    text_weight: float = 0.01
+    image_weight: float = 1.0
+    text_chunk: int = 512
+    image_positions: int | None = None
+
+
+def encode_images(vae: VAE, vae_params: Any, batch: Batch, patch_size: int) -> jax.Array:
+    """The pixels of packed rows as latents in their places.
+
+    Args:
+        vae: The frozen image tokenizer.
+        vae_params: Its parameters.
+        batch: `images`, a dict "HxW" -> uint8 (batch, I, H, W, 3), and `image_index`, int32
+            (batch, length): an image token's place among the row's tokens, sizes in ascending
+            order, or -1.
+        patch_size: Latent pixels along one side of a token.
+
+    Returns:
+        float32 (batch, length, token), zero off images.
+    """
+    images = batch["images"]
+    buffers = []
+    for size in sorted(images, key=lambda name: tuple(int(side) for side in name.split("x"))):
+        pixels = images[size]
+        rows, slots = pixels.shape[:2]
+        flat = from_uint8(pixels.reshape(rows * slots, *pixels.shape[2:]))
+        tokens = vae.apply({"params": vae_params}, flat, patch_size, method="encode_tokens")
+        buffers.append(tokens.reshape(rows, slots * tokens.shape[1], tokens.shape[2]))
+    index = batch["image_index"][..., None]
+    latents = jnp.take_along_axis(jnp.concatenate(buffers, axis=1), jnp.maximum(index, 0), axis=1)
+    return jnp.where(index >= 0, latents, 0.0)
+
+
+def nextstep_losses(
+    model: NextStep, params: Any, batch: Batch, times: jax.Array, noise: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Mean cross-entropy and mean flow-matching error of packed rows.
+
+    Args:
+        model: The model.
+        params: Its parameters.
+        batch: token_ids, latents, segment_ids, positions, text_weights, image_weights.
+        times: float32 (draws, batch, n), the times of every gathered position.
+        noise: float32 (draws, batch, n, token).
+        chunk: See `LossConfig.text_chunk`.
+
+    Returns:
+        Two float32 scalars; a kind of token that the batch does not have gives 0.
+    """
+
+    def apply(method, *args):
+        return model.apply({"params": params}, *args, method=method)
+
+    rows = (batch["token_ids"], batch["latents"], batch["positions"], batch["segment_ids"])
+    hidden = apply("hidden", *rows)
+    text_total = chunked_cross_entropy(
+        lambda h: apply("text_logits", h),
+        hidden,
+        next_position(batch["token_ids"]),
+        next_position(batch["text_weights"]),
+        chunk,
+    )
+    order, weights = gather_image_positions(batch["image_weights"], times.shape[-1])
+    # The hidden state before an image token is its condition.
+    before = jnp.take_along_axis(hidden, jnp.maximum(order - 1, 0)[..., None], axis=1)
+    error = flow_matching_error(
+        lambda x, t, c: apply("velocity", x, t, c),
+        apply("condition", before),
+        jnp.take_along_axis(batch["latents"], order[..., None], axis=1),
+        times,
+        noise,
+    )
+    text_loss = weighted_mean(text_total, batch["text_weights"][:, 1:])
+    return text_loss, weighted_mean(jnp.sum(weights * error), weights)
+
+
+class NextStepTask:
+    """Training of the unified model, for `training.loop`."""
+
+    name = "model"
+
+    def __init__(
+        self,
+        model: NextStep,
+        vae: VAE | None,
+        vae_params: Any,
+        sources: Sources,
+        tokenizer: TextTokenizer,
+        data: DataConfig,
+        loss: LossConfig,
+        config: dict[str, Any],
+    ):
+        """Holds what the loop asks for; `vae` is not needed for records with latents."""
+        self.config = config
+        self.fingerprint = pipeline_fingerprint(
+            data, sources, tokenizer, model.config, jax.process_count()
+        )
+        self._model, self._vae_params = model, vae_params
+        self._data, self._loss = data, loss
+        self._sources, self._tokenizer = sources, tokenizer
+        patch = model.config.patch_size
+        self._encode = jax.jit(lambda params, batch: encode_images(vae, params, batch, patch))
+
+    def init_params(self, key: jax.Array) -> Any:
+        """Published initialisers."""
+        return init_params(self._model, key)
+
+    def dataset(self, process_index: int, process_count: int) -> Any:
+        """Packed rows of the mixture."""
+        return make_pipeline(
+            self._sources,
+            self._tokenizer,
+            self._model.config,
+            self._data,
+            process_index,
+            process_count,
+        )
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Pixels to latents."""
+        if "images" not in batch:
+            return batch
+        rest = {k: v for k, v in batch.items() if k not in ("images", "image_index")}
+        images = {"images": batch["images"], "image_index": batch["image_index"]}
+        return {**rest, "latents": self._encode(self._vae_params, images)}
+
+    def loss(self, params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict]:
+        """w_text * L_text + w_image * L_image and its parts."""
+        rows, length = batch["token_ids"].shape
+        num_positions = min(self._loss.image_positions or length, length)
+        shape = (self._model.config.flow_head.draws_per_token, rows, num_positions)
+        time_key, noise_key = jax.random.split(key)
+        times = logit_normal_times(time_key, shape)
+        noise = jax.random.normal(noise_key, (*shape, self._model.config.token_dim))
+        text, image = nextstep_losses(
+            self._model, params, batch, times, noise, self._loss.text_chunk
+        )
+        loss = self._loss.text_weight * text + self._loss.image_weight * image
+        padding = jnp.mean((batch["segment_ids"] == 0).astype(jnp.float32))
+        return loss, {"text_loss": text, "image_loss": image, "padding": padding}
+
+    def num_samples(self, batch: Batch) -> int:
+        """Documents in the local part of a batch, over all processes."""
+        documents = int(np.max(batch["segment_ids"], axis=1).sum())
+        return documents * jax.process_count()

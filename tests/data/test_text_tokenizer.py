@@ -1,0 +1,133 @@
+import dataclasses
+import json
+import pickle
+
+import pytest
+
+from nextstep_jax.data import text_tokenizer as tt
+
+TEXTS = ["a red circle above a blue square", "two green stars", "ein grüner Kreis", "3 + 4 = 7"]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return tt.train_bpe(TEXTS * 5, 300)
+
+
+def test_special_tokens_come_first_in_the_published_order(trained):
+    expected = {
+        "<|endoftext|>": 0,
+        "[PAD]": 1,
+        "<|image_area|>": 2,
+        "<|begin_of_image|>": 3,
+        "<|end_of_image|>": 4,
+        "<|image_placeholder|>": 5,
+    }
+    assert {name: trained.special_id(name) for name in expected} == expected
+    assert (trained.eos_id, trained.pad_id, trained.image_area_id) == (0, 1, 2)
+    assert (trained.boi_id, trained.eoi_id, trained.image_placeholder_id) == (3, 4, 5)
+    with pytest.raises(ValueError, match=r"no special token '<s>'.*endoftext"):
+        trained.special_id("<s>")
+
+
+def test_bytes_have_the_ids_after_the_special_tokens(tokenizer):
+    # The byte alphabet of byte-level BPE, sorted, begins with the printable ASCII from "!".
+    assert tokenizer.encode("!a4*") == [10, 10 + 97 - 33, 10 + 52 - 33, 10 + 42 - 33]
+    assert tokenizer.vocab_size == 266
+    assert len(tokenizer.encode("é")) == 2  # Two bytes in UTF-8.
+
+
+def test_the_first_merge_is_the_most_frequent_pair():
+    # Pairs by frequency: x y in all five words, a x in three.
+    tokenizer = tt.train_bpe(["xy"] * 2 + ["axy"] * 3, 268)
+    merges = json.loads(tokenizer._definition)["model"]["merges"]
+    assert merges == [["x", "y"], ["a", "xy"]]
+    assert tokenizer.encode("axy xy")[0] == 267
+    assert tokenizer.encode("axyxy") == [267, 266]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a red circle", "  two  spaces\n", "grün, 圆形, 🟦", "\x00\x7f", "4*4"]
+)
+def test_text_comes_back(trained, text):
+    assert trained.decode(trained.encode(text)) == text
+
+
+@pytest.mark.parametrize("name", tt.SPECIAL_TOKENS)
+def test_special_strings_in_text_are_ordinary_text(trained, name):
+    text = f"draw {name} and {name}{name}"
+    ids = trained.encode(text)
+    assert min(ids) >= len(tt.SPECIAL_TOKENS)
+    assert trained.decode(ids) == text
+
+
+def test_special_strings_stay_text_when_the_file_does_not_mark_them(trained, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    trained.save(path)
+    fields = json.loads(path.read_text())
+    for token in fields["added_tokens"]:
+        token["special"] = False
+    path.write_text(json.dumps(fields))
+    loaded = tt.TextTokenizer.from_file(path)
+    assert loaded.encode("<|image_area|>") == trained.encode("<|image_area|>")
+    assert loaded.image_area_id not in loaded.encode("<|image_area|>")
+
+
+def test_decode_writes_or_skips_special_tokens(trained):
+    ids = [*trained.encode("a star"), trained.eoi_id, trained.eos_id]
+    assert trained.decode(ids) == "a star<|end_of_image|><|endoftext|>"
+    assert trained.decode(ids, skip_special_tokens=True) == "a star"
+
+
+def test_training_depends_on_the_texts_alone(trained):
+    again = tt.train_bpe(iter(TEXTS[::-1] * 5), 300)
+    assert again.fingerprint == trained.fingerprint
+    assert tt.train_bpe(TEXTS * 5, 299).fingerprint != trained.fingerprint
+    assert trained.vocab_size == 300
+
+
+def test_file_and_pickle_keep_everything(trained, tmp_path):
+    trained.save(tmp_path / "tokenizer.json")
+    for copy in (
+        tt.TextTokenizer.from_file(tmp_path / "tokenizer.json"),
+        pickle.loads(pickle.dumps(trained)),
+    ):
+        assert copy.fingerprint == trained.fingerprint
+        assert copy.encode("a blue [PAD] circle") == trained.encode("a blue [PAD] circle")
+        assert copy.pad_id not in copy.encode("[PAD]")
+
+
+def test_bad_files_are_named(trained, tmp_path):
+    with pytest.raises(ValueError, match=r"cannot read the tokenizer .*none\.json"):
+        tt.TextTokenizer.from_file(tmp_path / "none.json")
+    path = tmp_path / "bad.json"
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"bad\.json: not the content of a tokenizer\.json"):
+        tt.TextTokenizer.from_file(path)
+    fields = json.loads(trained._definition)
+    fields["added_tokens"] = [t for t in fields["added_tokens"] if t["id"] not in (1, 3)]
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"lacks the special tokens \[PAD\], <\|begin_of_image"):
+        tt.TextTokenizer.from_file(path)
+
+
+def test_check_lists_every_difference(tokenizer, model_config):
+    tokenizer.check(model_config)
+    other = dataclasses.replace(
+        model_config,
+        eos_id=7,
+        boi_id=8,
+        decoder=dataclasses.replace(model_config.decoder, vocab_size=200),
+    )
+    with pytest.raises(ValueError) as error:
+        tokenizer.check(other)
+    message = str(error.value)
+    assert "eos_id: the tokenizer has 0 (<|endoftext|>), the model config 7" in message
+    assert "boi_id: the tokenizer has 3" in message
+    assert "vocab_size: the tokenizer has 266, the model config only 200" in message
+    assert "pad_id" not in message
+
+
+def test_too_small_a_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="vocab_size=265 must be at least 266"):
+        tt.train_bpe(TEXTS, 265)
