@@ -29,7 +29,6 @@ def get_config(level: str = "easy") -> ConfigDict:
             "data": {
                 "row_length": row_length,
                 "rows_per_batch": 2,
-                "image_bases": (image_size,),
                 "square_only": True,
                 "max_images_per_row": 16,
                 "num_threads": 1,

@@ -67,6 +67,19 @@ def _length(velocity: Float[Array, "*batch dim"]) -> Float[Array, "*batch 1"]:
     return jnp.linalg.norm(velocity, axis=-1, keepdims=True)
 
 
+def check_schedule(schedule: str, interval: tuple[float, float]) -> None:
+    """Refuses a schedule or an interval that `guidance_scale_at` does not know.
+
+    Raises:
+        ValueError: If the schedule is unknown or the interval is not 0 <= start <= end <= 1.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}; known schedules: {', '.join(SCHEDULES)}")
+    start, end = interval
+    if not 0.0 <= start <= end <= 1.0:
+        raise ValueError(f"interval must be shares 0 <= start <= end <= 1, got {interval}")
+
+
 def guidance_scale_at(
     schedule: str,
     scale: float | Float[Array, "*#index"],
@@ -94,13 +107,9 @@ def guidance_scale_at(
         The scale at token n.
 
     Raises:
-        ValueError: If the schedule is unknown or the interval is not 0 <= start <= end <= 1.
+        ValueError: See `check_schedule`.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule!r}; known schedules: {', '.join(SCHEDULES)}")
-    start, end = interval
-    if not 0.0 <= start <= end <= 1.0:
-        raise ValueError(f"interval must be shares 0 <= start <= end <= 1, got {interval}")
+    check_schedule(schedule, interval)
     index = jnp.asarray(token_index)
     scale = jnp.asarray(scale, jnp.float32)
     share = index.astype(jnp.float32) / num_tokens

@@ -134,9 +134,9 @@ class Solver:
                 f"noise: {self.name} with num_steps {num_steps} takes {num_noises} rows, "
                 f"got {noise.shape[0]}"
             )
+        self.check_noise_level(noise_level)
         levels = jnp.asarray(self.levels(grid.astype(np.float64)), jnp.float32)
         if self.uses_noise_level:
-            self._check_noise_level(noise_level)
             levels = levels * noise_level
         # Steps without noise get a row of zeros, so that all steps share one body.
         quiet = jnp.zeros((num_steps - num_noises, *start.shape), jnp.float32)
@@ -156,9 +156,13 @@ class Solver:
         inputs = (indices, jnp.asarray(grid[:-1]), jnp.asarray(grid[1:]), levels, noise)
         return jax.lax.scan(step, start.astype(jnp.float32), inputs)[0]
 
-    def _check_noise_level(self, noise_level: float | Float[Array, ""]) -> None:
-        """Refuses a noise level out of range, where its value is known before the run."""
-        if isinstance(noise_level, jax.Array):
+    def check_noise_level(self, noise_level: float | Float[Array, ""]) -> None:
+        """Refuses a noise level out of range, where it matters and its value is known.
+
+        Raises:
+            ValueError: It is not between 0 and `max_noise_level`.
+        """
+        if not self.uses_noise_level or isinstance(noise_level, jax.Array):
             return
         if not 0.0 <= noise_level <= self.max_noise_level:
             raise ValueError(

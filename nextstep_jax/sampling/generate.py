@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
-from nextstep_jax.flow.guidance import guidance_scale_at, guide
+from nextstep_jax.flow.guidance import check_schedule, guidance_scale_at, guide
 from nextstep_jax.flow.solvers import NOISE_LEVEL, get_solver
 from nextstep_jax.models.attention import KVCache
 from nextstep_jax.models.nextstep import NextStep, gen_position_table
@@ -59,8 +59,10 @@ class SamplerConfig:
     def __post_init__(self):
         """Refuses settings that no solver takes, before anything is compiled."""
         object.__setattr__(self, "interval", tuple(self.interval))
-        get_solver(self.solver).times(self.num_steps, self.shift)
-        guidance_scale_at(self.schedule, 1.0, 0, 1, interval=self.interval)
+        solver = get_solver(self.solver)
+        solver.times(self.num_steps, self.shift)
+        solver.check_noise_level(self.noise_level)
+        check_schedule(self.schedule, self.interval)
 
     @property
     def num_noises(self) -> int:
@@ -107,7 +109,7 @@ def pad_prompts(
     pad_id: int,
     token_dim: int,
     length: int | None = None,
-    image_tokens: Sequence[np.ndarray | None] | None = None,
+    image_tokens: Sequence[Float[np.ndarray, "_ token"] | None] | None = None,
     placeholder_id: int | None = None,
 ) -> Prompts:
     """Left-pads prompts of unequal lengths (host arrays).
@@ -146,7 +148,7 @@ def pad_prompts(
 
 
 def draw_noise(
-    keys: Any, index: Int[Array, ""], num_noises: int, token_dim: int
+    keys: Key[Array, " batch"], index: Int[Array, ""], num_noises: int, token_dim: int
 ) -> Float[Array, "noises batch token"]:
     """N(0, 1) for one token of every image, from fold_in(image key, token index) alone."""
 
@@ -157,7 +159,7 @@ def draw_noise(
 
 
 def prefill(
-    model: NextStep, params: Any, prompts: Prompts, keys: Any, num_tokens: int
+    model: NextStep, params: Any, prompts: Prompts, keys: Key[Array, " batch"], num_tokens: int
 ) -> SamplerState:
     """Runs the prompts through the decoder and makes room for an image.
 
@@ -170,7 +172,16 @@ def prefill(
 
     Returns:
         The state in front of token 0.
+
+    Raises:
+        ValueError: The model adds positions to its hidden states, and has not that many.
     """
+    num_positions = model.config.base_image_grid_size**2
+    if model.config.use_gen_pos_embed and num_tokens > num_positions:
+        raise ValueError(
+            f"an image of {num_tokens} tokens is too large: base_image_grid_size="
+            f"{model.config.base_image_grid_size} has positions for {num_positions}"
+        )
     rows, length = prompts.token_ids.shape
     config = model.config
     cache = KVCache.empty(config.decoder, rows, length + num_tokens, prompts.starts, model.dtype)
@@ -182,7 +193,9 @@ def prefill(
     return SamplerState(cache=cache, hidden=hidden[:, -1], tokens=tokens, index=index, keys=keys)
 
 
-def embed_times(model: NextStep, params: Any, config: SamplerConfig) -> jax.Array:
+def embed_times(
+    model: NextStep, params: Any, config: SamplerConfig
+) -> Float[Array, "evaluations width"]:
     """The flow head's embedding of the solver's times, (evaluations, width); once a call."""
     times = jnp.asarray(get_solver(config.solver).times(config.num_steps, config.shift))
     return model.apply({"params": params}, times, method="embed_times")
@@ -196,7 +209,7 @@ def sample_token(
     noise: Float[Array, "noises batch token"],
     scales: tuple[Any, Any],
     config: SamplerConfig,
-    position: Any = None,
+    position: Float[Array, " embed"] | None = None,
 ) -> Float[Array, "batch token"]:
     """One image token of every image from the hidden states before it.
 
@@ -243,10 +256,10 @@ def sample_step(
     model: NextStep,
     params: Any,
     state: SamplerState,
-    time_embedding: jax.Array,
+    time_embedding: Float[Array, "evaluations width"],
     guidance: Float[Array, "2"],
     config: SamplerConfig,
-    noise: Any = None,
+    noise: Float[Array, "noises batch token"] | None = None,
 ) -> SamplerState:
     """Samples token `state.index` of every image and moves the decoder past it.
 
@@ -283,7 +296,9 @@ def sample_step(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "num_tokens"))
-def prefill_jit(model, params, prompts, keys, num_tokens):
+def prefill_jit(
+    model: NextStep, params: Any, prompts: Prompts, keys: Key[Array, " batch"], num_tokens: int
+) -> SamplerState:
     """`prefill`, compiled."""
     return prefill(model, params, prompts, keys, num_tokens)
 
@@ -316,7 +331,7 @@ def generate(
     model: NextStep,
     params: Any,
     prompts: Prompts,
-    keys: Any,
+    keys: Key[Array, " batch"],
     guidance: Float[Array, "2"],
     config: SamplerConfig,
     num_tokens: int,

@@ -11,6 +11,7 @@ nor the batch size nor the devices change it.
 import contextlib
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from nextstep_jax.data.buckets import grid_of
@@ -31,7 +33,6 @@ from nextstep_jax.parallel import sharding
 from nextstep_jax.parallel.mesh import make_mesh
 from nextstep_jax.sampling.generate import (
     Prompts,
-    SamplerConfig,
     pad_prompts,
     prefill_jit,
     sample_chunk,
@@ -40,7 +41,9 @@ from nextstep_jax.sampling.presets import Preset, get_preset
 
 # Prompts are padded to a multiple of this, so that few lengths are compiled.
 _PROMPT_MULTIPLE = 32
-# (tokens done, tokens in all) of the running batch.
+# Seeds are the 32-bit words that typed keys are made of.
+_NUM_SEEDS = 2**32
+# (tokens done, tokens in all) of a call; the images of a batch count once.
 Callback = Callable[[int, int], None]
 
 
@@ -61,10 +64,10 @@ class PipelineOutput:
 
 @dataclasses.dataclass(frozen=True)
 class _Request:
-    """One image to be made: ids of its branches, its input images' tokens, its seed."""
+    """One image to be made: ids of its branches, which of them see the input images, its seed."""
 
     branches: tuple[tuple[int, ...], ...]
-    image_tokens: tuple[Any, ...]
+    sees_inputs: tuple[bool, ...]
     seed: int
 
 
@@ -81,6 +84,7 @@ class NextStepPipeline:
         image_size: Default (height, width) in pixels.
         mesh: Devices over which the images of a batch are spread, or None for one device.
         max_prompt_length: Longest prompt in tokens, with the size string.
+        step: The training step of the parameters, if known.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class NextStepPipeline:
         image_size: tuple[int, int] = (512, 512),
         mesh: jax.sharding.Mesh | None = None,
         max_prompt_length: int = 512,
+        step: int | None = None,
     ):
         """Takes stacked or unrolled parameters and places them on the mesh."""
         self.model = model.clone(scan_layers=False)
@@ -103,7 +108,7 @@ class NextStepPipeline:
         self.tokenizer = tokenizer
         self.preset = preset or get_preset("nextstep-1")
         self.image_size, self.mesh = tuple(image_size), mesh
-        self.max_prompt_length = max_prompt_length
+        self.max_prompt_length, self.step = max_prompt_length, step
         if mesh is not None:
             everywhere = sharding.replicated(mesh)
             self.params = jax.device_put(self.params, everywhere)
@@ -126,7 +131,7 @@ class NextStepPipeline:
 
         Raises:
             FileNotFoundError: Something is missing in the directory.
-            ValueError: The directory is of another format.
+            ValueError: The directory is of another format, or has unknown sampling settings.
         """
         # Here alone sampling reaches up: what users hold has to read what is on disk.
         from nextstep_jax.interop.model_directory import read_model_directory
@@ -135,8 +140,8 @@ class NextStepPipeline:
         settings = dict(read.sampling)
         preset = get_preset(settings.pop("preset", "nextstep-1"))
         image_size = tuple(settings.pop("image_size", (512, 512)))
-        sampler = dataclasses.replace(preset.sampler, **settings.pop("sampler", {}))
-        preset = dataclasses.replace(preset, sampler=sampler, **settings)
+        sampler = _replace(preset.sampler, settings.pop("sampler", {}))
+        preset = _replace(preset, {**settings, "sampler": sampler})
         cast = functools.partial(jnp.asarray, dtype=dtype)
         return cls(
             NextStep(read.config, dtype=dtype),
@@ -147,6 +152,7 @@ class NextStepPipeline:
             preset=preset,
             image_size=image_size,
             mesh=mesh,
+            step=read.step,
         )
 
     def __call__(
@@ -181,16 +187,18 @@ class NextStepPipeline:
             guidance_scale: Text guidance; 1 leaves the unconditional branch out.
             image_guidance_scale: Guidance towards the input image; 1 leaves its branch out.
             num_images_per_prompt: Images of every prompt.
-            seed: Seed of the first image of every prompt, or one seed a prompt.
-            callback: Called with (tokens done, tokens in all) of the running batch.
+            seed: Seed of the first image of every prompt, or one seed a prompt; image j of a
+                prompt has the seed `seed + j`.
+            callback: Called with (tokens done, tokens in all) of the call, where the images of a
+                batch count once.
             positive_prompt: Appended to every prompt after one space.
             batch_size: Images sampled together.
             chunk_tokens: Tokens between two calls of the callback.
             **sampler: Fields of `SamplerConfig`.
 
         Raises:
-            ValueError: A size off the grid, a prompt that is too long, unknown settings; before
-                anything runs on the device.
+            ValueError: A size off the grid, a prompt that is too long, a seed out of range,
+                unknown settings; before anything runs on the device.
         """
         preset = self.preset
         if num_inference_steps is not None:
@@ -201,23 +209,23 @@ class NextStepPipeline:
         size = (_or(height, self.image_size[0]), _or(width, self.image_size[1]))
         grid = grid_of(*size, self.model.config.pixels_per_token)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(prompts):
-            raise ValueError(f"seed: {len(seeds)} seeds for {len(prompts)} prompts")
-        if batch_size < 1 or num_images_per_prompt < 1 or not prompts:
-            raise ValueError("prompt, num_images_per_prompt and batch_size must not be empty or 0")
+        sizes = {"batch_size": batch_size, "chunk_tokens": chunk_tokens, "prompts": len(prompts)}
+        for name, number in {**sizes, "num_images_per_prompt": num_images_per_prompt}.items():
+            if number < 1:
+                raise ValueError(f"{name}={number} must be at least 1")
+        seeds = _seeds(seed, len(prompts), num_images_per_prompt)
         positive = _or(positive_prompt, preset.positive_prompt)
         negative = _or(negative_prompt, preset.negative_prompt)
-        inputs = self._encode_inputs(image, size)
+        inputs = _fit_inputs(image, size)
 
         requests, settings = [], []
         for text, first_seed in zip(prompts, seeds, strict=True):
             full = f"{text} {positive}" if positive else text
-            branches, image_tokens = self._branches(
-                full, negative, grid, inputs, scale, image_scale
+            branches, sees_inputs = self._branches(
+                full, negative, grid, len(inputs), scale, image_scale
             )
             for j in range(num_images_per_prompt):
-                requests.append(_Request(branches, image_tokens, first_seed + j))
+                requests.append(_Request(branches, sees_inputs, first_seed + j))
                 settings.append(
                     {
                         "prompt": text,
@@ -232,72 +240,72 @@ class NextStepPipeline:
                     }
                 )
         guidance = np.array([scale, image_scale], np.float32)
-        tokens = self._run(requests, guidance, config, grid, batch_size, chunk_tokens, callback)
+        batch_size = self._whole_batch(min(batch_size, len(requests)))
+        input_tokens = self._encode(inputs)
+        tokens = self._run(
+            requests, input_tokens, guidance, config, grid, batch_size, chunk_tokens, callback
+        )
         pixels = self.decode(tokens, grid, batch_size)
         return PipelineOutput([Image.fromarray(p) for p in pixels], tokens, settings)
 
-    def decode(self, tokens: np.ndarray, grid: tuple[int, int], batch_size: int = 16) -> np.ndarray:
-        """Image tokens (images, n, token) to uint8 pixels (images, height, width, 3)."""
+    def decode(
+        self,
+        tokens: Float[np.ndarray, "images n token"],
+        grid: tuple[int, int],
+        batch_size: int = 16,
+    ) -> UInt8[np.ndarray, "images height width 3"]:
+        """Image tokens on a grid of (rows, columns) to pixels."""
+        batch_size = self._whole_batch(min(batch_size, len(tokens)))
         pixels = []
         for start in range(0, len(tokens), batch_size):
-            part = _fill(tokens[start : start + batch_size], batch_size)
+            part = self._spread(_fill(tokens[start : start + batch_size], batch_size))
             decoded = _decode(self.vae, self.vae_params, part, grid, self.model.config.patch_size)
             pixels.append(np.asarray(decoded)[: len(tokens) - start])
         return np.concatenate(pixels)
 
-    def _encode_inputs(self, image: Any, size: tuple[int, int]) -> list[tuple]:
-        """Input images to (grid, tokens), cropped to the size of the output."""
-        if image is None:
-            return []
-        inputs = []
-        for one in image if isinstance(image, list | tuple) else [image]:
-            pixels = np.asarray(one.convert("RGB") if isinstance(one, Image.Image) else one)
-            pixels = resize_cover(pixels, *size)[None]
-            tokens = _encode(self.vae, self.vae_params, pixels, self.model.config.patch_size)
-            grid = grid_of(*size, self.model.config.pixels_per_token)
-            inputs.append((grid, np.asarray(tokens)[0]))
-        return inputs
+    def _encode(self, inputs: list[np.ndarray]) -> np.ndarray | None:
+        """The tokens of all input images, one after another; None without any."""
+        patch_size = self.model.config.patch_size
+        tokens = [_encode(self.vae, self.vae_params, p[None], patch_size)[0] for p in inputs]
+        return np.concatenate([np.asarray(t) for t in tokens]) if tokens else None
 
-    def _branches(self, prompt, negative, grid, inputs, scale, image_scale) -> tuple:
-        """Ids and input tokens of the guidance branches: 1 to 3 (arXiv 2508.10711, eq 4).
+    def _branches(self, prompt, negative, grid, num_inputs, scale, image_scale) -> tuple:
+        """Ids of the 1 to 3 guidance branches (arXiv 2508.10711, eq 4), and which see the inputs.
 
         Order: everything; the input images with the negative prompt; the negative prompt alone.
         """
-        input_grids = [one[0] for one in inputs]
-        tokens = np.concatenate([one[1] for one in inputs]) if inputs else None
         with_inputs = functools.partial(
-            prompt_prefix, grid=grid, tokenizer=self.tokenizer, input_grids=input_grids
+            prompt_prefix, grid=grid, tokenizer=self.tokenizer, input_grids=[grid] * num_inputs
         )
-        branches, image_tokens = [with_inputs(prompt)], [tokens]
-        three = bool(inputs) and image_scale != 1.0
-        # At an image scale of 1 the last two branches of three cancel but for the images.
-        if three or (inputs and scale != 1.0):
+        branches, sees_inputs = [with_inputs(prompt)], [num_inputs > 0]
+        three = num_inputs > 0 and image_scale != 1.0
+        # At an image scale of 1 the last branch of three cancels; without inputs the middle one.
+        if three or (num_inputs and scale != 1.0):
             branches.append(with_inputs(negative))
-            image_tokens.append(tokens)
-        if three or (not inputs and scale != 1.0):
+            sees_inputs.append(True)
+        if three or (not num_inputs and scale != 1.0):
             branches.append(prompt_prefix(negative, grid, self.tokenizer))
-            image_tokens.append(None)
+            sees_inputs.append(False)
         for ids in branches:
             if len(ids) > self.max_prompt_length:
                 raise ValueError(
                     f"prompt {prompt!r} has {len(ids)} tokens with its size string;"
                     f" the limit is {self.max_prompt_length}"
                 )
-        return tuple(tuple(ids) for ids in branches), tuple(image_tokens)
+        return tuple(tuple(ids) for ids in branches), tuple(sees_inputs)
 
-    def _run(self, requests, guidance, config, grid, batch_size, chunk_tokens, callback):
+    def _run(
+        self, requests, input_tokens, guidance, config, grid, batch_size, chunk_tokens, callback
+    ):
         """Batches of requests to tokens; the last batch is filled up and cut."""
         longest = max(len(ids) for request in requests for ids in request.branches)
         length = -(-longest // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE
-        if self.mesh is not None:
-            ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-            batch_size = -(-batch_size // ways) * ways
-        batch_size = batch_size if len(requests) > batch_size or self.mesh else len(requests)
         num_tokens, tokens = grid[0] * grid[1], []
+        total = num_tokens * -(-len(requests) // batch_size)
         for start in range(0, len(requests), batch_size):
             part = requests[start : start + batch_size]
             filled = part + [part[-1]] * (batch_size - len(part))
-            prompts, keys = self._place(filled, length)
+            prompts, keys = self._place(filled, length, input_tokens)
             with self._scope():
                 state = prefill_jit(self.model, self.params, prompts, keys, num_tokens)
                 for done in range(0, num_tokens, chunk_tokens):
@@ -305,11 +313,11 @@ class NextStepPipeline:
                     state = sample_chunk(self.model, self.params, state, guidance, config, steps)
                     if callback is not None:
                         jax.block_until_ready(state.index)
-                        callback(done + steps, num_tokens)
+                        callback(start // batch_size * num_tokens + done + steps, total)
             tokens.append(np.asarray(state.tokens)[: len(part)])
         return np.concatenate(tokens)
 
-    def _place(self, requests: list[_Request], length: int) -> tuple[Prompts, Any]:
+    def _place(self, requests, length, input_tokens) -> tuple[Prompts, Any]:
         """Prompts and keys of a batch on the devices; the branches of an image are neighbours."""
         config = self.model.config
         prompts = pad_prompts(
@@ -317,15 +325,24 @@ class NextStepPipeline:
             config.pad_id,
             config.token_dim,
             length,
-            [tokens for request in requests for tokens in request.image_tokens],
+            [input_tokens if sees else None for r in requests for sees in r.sees_inputs],
             config.image_placeholder_id,
         )
         seeds = np.array([request.seed for request in requests], np.uint32)
-        keys = jax.vmap(jax.random.key)(seeds)
-        if self.mesh is not None:
-            place = sharding.batch_sharding(self.mesh)
-            prompts, keys = jax.device_put((prompts, keys), place)
-        return prompts, keys
+        return self._spread((prompts, jax.vmap(jax.random.key)(seeds)))
+
+    def _whole_batch(self, size: int) -> int:
+        """The size rounded up to a multiple of the devices that share a batch."""
+        if self.mesh is None:
+            return size
+        ways = math.prod(self.mesh.shape[axis] for axis in sharding.BATCH_AXES)
+        return -(-size // ways) * ways
+
+    def _spread(self, batch: Any) -> Any:
+        """Puts the rows of a batch on the devices of the mesh."""
+        if self.mesh is None:
+            return batch
+        return jax.device_put(batch, sharding.batch_sharding(self.mesh))
 
     def _scope(self):
         """The mesh and the sharding rules, where there is a mesh."""
@@ -358,13 +375,41 @@ def _fill(x: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)]) if len(x) < size else x
 
 
+def _fit_inputs(image: Any, size: tuple[int, int]) -> list[np.ndarray]:
+    """Input images, PIL or uint8 arrays, as uint8 arrays of the size of the output."""
+    images = [] if image is None else image if isinstance(image, list | tuple) else [image]
+    fitted = []
+    for one in images:
+        pixels = np.asarray(one.convert("RGB") if isinstance(one, Image.Image) else one)
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
+            raise ValueError(
+                f"image must be a PIL image or uint8 (height, width, 3),"
+                f" got {pixels.dtype} {pixels.shape}"
+            )
+        fitted.append(resize_cover(pixels, *size))
+    return fitted
+
+
+def _seeds(seed: int | Sequence[int], num_prompts: int, num_images: int) -> list[int]:
+    """The seed of the first image of every prompt."""
+    one = isinstance(seed, int | np.integer)
+    seeds = [int(seed)] * num_prompts if one else [int(value) for value in seed]
+    if len(seeds) != num_prompts:
+        raise ValueError(f"seed: {len(seeds)} seeds for {num_prompts} prompts")
+    if min(seeds) < 0 or max(seeds) + num_images > _NUM_SEEDS:
+        raise ValueError(f"seeds of images must lie in [0, {_NUM_SEEDS}), got {seed}")
+    return seeds
+
+
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _replace(config: SamplerConfig, changes: dict[str, Any]) -> SamplerConfig:
-    known = {field.name for field in dataclasses.fields(SamplerConfig)}
+def _replace(config: Any, changes: dict[str, Any]) -> Any:
+    """`dataclasses.replace` with an error that lists the fields."""
+    known = {field.name for field in dataclasses.fields(config)}
     unknown = sorted(changes.keys() - known)
     if unknown:
-        raise ValueError(f"settings {unknown} are unknown; the sampler knows {sorted(known)}")
+        name = type(config).__name__
+        raise ValueError(f"settings {unknown} are unknown; {name} has {sorted(known)}")
     return dataclasses.replace(config, **changes)

@@ -16,6 +16,10 @@ from orbax.checkpoint import v1 as ocp
 from nextstep_jax.data.pipeline import check_fingerprint
 
 _STATE, _DATASET = "state", "dataset"
+# Orbax's note on a checkpoint as a whole; a folder without it was not finished.
+_METADATA_FILE = "_CHECKPOINT_METADATA"
+# Long lists in an error message help nobody.
+_MAX_LISTED = 10
 
 
 @dataclasses.dataclass
@@ -59,8 +63,6 @@ class CheckpointStore:
         directory.mkdir(parents=True, exist_ok=True)
         self._checkpointer = ocp.training.Checkpointer(
             directory,
-            # The loop decides when; Orbax shall not decline.
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )
@@ -68,7 +70,7 @@ class CheckpointStore:
 
     def latest_step(self) -> int | None:
         """Step of the newest finished checkpoint."""
-        latest = self._checkpointer.latest
+        latest = _latest(self._checkpointer)
         return None if latest is None else latest.step
 
     def save(self, step: int, checkpoint: Checkpoint) -> None:
@@ -80,22 +82,29 @@ class CheckpointStore:
             "fingerprint": checkpoint.fingerprint,
         }
         items = {_STATE: checkpoint.state, _DATASET: checkpoint.dataset}
+        # The loop decides when; Orbax shall neither decline nor stumble over an unfinished folder.
         self._pending = self._checkpointer.save_checkpointables_async(
-            step, items, custom_metadata=json.loads(json.dumps(metadata))
+            step,
+            items,
+            force=True,
+            overwrite=True,
+            custom_metadata=json.loads(json.dumps(metadata)),
         )
 
     def restore(self, checkpoint: Checkpoint) -> Checkpoint | None:
         """The newest checkpoint on the shardings of `checkpoint.state`, or None if there is none.
 
         Raises:
-            ValueError: The data pipeline would not continue where it stopped; the message lists
-                what differs.
+            ValueError: The data pipeline would not continue where it stopped, or the parameters
+                have other names or shapes; the message lists what differs.
         """
-        latest = self._checkpointer.latest
+        latest = _latest(self._checkpointer)
         if latest is None:
             return None
-        metadata = self._checkpointer.checkpointables_metadata(latest.step).custom_metadata
+        found = ocp.metadata(latest.path, _STATE)
+        metadata = found.custom_metadata
         check_fingerprint(metadata["fingerprint"], json.loads(json.dumps(checkpoint.fingerprint)))
+        _check_shapes(found.metadata, checkpoint.state, latest.path)
         items = {_STATE: checkpoint.state, _DATASET: checkpoint.dataset}
         loaded = self._checkpointer.load_checkpointables(latest.step, items)
         clock = Clock(**metadata["clock"])
@@ -113,6 +122,33 @@ class CheckpointStore:
         self._checkpointer.close()
 
 
+def _latest(checkpointer: ocp.training.Checkpointer) -> Any:
+    """The newest finished checkpoint, or None; Orbax also lists a copy that broke off."""
+    finished = [c for c in checkpointer.checkpoints if (c.path / _METADATA_FILE).exists()]
+    return finished[-1] if finished else None
+
+
+def _check_shapes(saved: Any, state: Any, path: Any) -> None:
+    """Compares names and shapes of parameters and average before Orbax reads any of them."""
+
+    def shapes(tree):
+        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+        names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves)
+        return dict(zip(names, (tuple(leaf.shape) for _, leaf in leaves), strict=True))
+
+    before = shapes({name: saved.get(name) for name in ("params", "ema")})
+    now = shapes({"params": state.params, "ema": state.ema})
+    differing = [
+        f"{name}: saved {before.get(name, 'nothing')}, now {now.get(name, 'nothing')}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+    if differing:
+        more = f" and {len(differing) - _MAX_LISTED} more" if len(differing) > _MAX_LISTED else ""
+        listed = "; ".join(differing[:_MAX_LISTED]) + more
+        raise ValueError(f"checkpoint {path} does not fit the configuration: {listed}")
+
+
 def load_params(directory: pathlib.Path, *, ema: bool = True) -> tuple[Any, int]:
     """The parameters of the newest checkpoint, on the default device, and its step.
 
@@ -125,11 +161,13 @@ def load_params(directory: pathlib.Path, *, ema: bool = True) -> tuple[Any, int]
     """
     directory = pathlib.Path(directory).absolute()
     checkpointer = ocp.training.Checkpointer(directory) if directory.is_dir() else None
-    if checkpointer is None or checkpointer.latest is None:
+    latest = None if checkpointer is None else _latest(checkpointer)
+    if latest is None:
         raise FileNotFoundError(f"no finished checkpoint in {directory}")
     with checkpointer:
-        step = checkpointer.latest.step
-        tree = checkpointer.checkpointables_metadata(step).metadata[_STATE]
+        step = latest.step
+        # Of the state alone: an iterator has no metadata, and Orbax would warn of that.
+        tree = ocp.metadata(latest.path, _STATE).metadata
         name = "ema" if ema and tree.get("ema") else "params"
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(

@@ -135,7 +135,9 @@ def build_nextstep_task(
         attention=config.get("attention", "xla"),
         remat=config.get("remat", "none"),
     )
-    data = build(DataConfig, config["data"], "data")
+    # One number says how large pictures are; several bases may be named in its place.
+    bases = {"image_bases": (config["image_size"],)}
+    data = build(DataConfig, {**bases, **config["data"]}, "data")
     loss = build(LossConfig, config.get("loss", {}), "loss")
     args = (build_sources(config), tokenizer, data, loss, plain(config))
     return NextStepTask(model, vae, vae_params, *args), build_loop(config)

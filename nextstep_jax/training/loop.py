@@ -9,14 +9,16 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import pathlib
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from flax import linen as nn
+from jaxtyping import Array, Float, Key
 
 from nextstep_jax.parallel import mesh as meshes
 from nextstep_jax.parallel import sharding
@@ -26,6 +28,7 @@ from nextstep_jax.training.optimizer import OptimizerConfig
 from nextstep_jax.training.state import Metrics, TrainState, init_state, make_train_step
 
 
+@runtime_checkable
 class Task(Protocol):
     """What is trained.
 
@@ -39,10 +42,12 @@ class Task(Protocol):
     config: dict[str, Any]
     fingerprint: dict[str, Any]
 
-    def init_params(self, key: jax.Array) -> Any:
+    def init_params(self, key: Key[Array, ""]) -> Any:
         """Initial parameters, boxed with their logical axes."""
 
-    def loss(self, params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(
+        self, params: Any, batch: Any, key: Key[Array, ""]
+    ) -> tuple[Float[Array, ""], Metrics]:
         """The scalar to minimise and what to log."""
 
     def dataset(self, process_index: int, process_count: int) -> Any:
@@ -78,6 +83,13 @@ class LoopConfig:
     keep_checkpoints: int = 2
     log_every: int = 10
     hook_every: int = 0
+
+    def __post_init__(self):
+        """Checks the ranges."""
+        least = {"num_steps": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "log_every": 1}
+        for name, smallest in {**least, "hook_every": 0}.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {smallest}")
 
 
 # (step, state, writer): sample grids, evaluations; called between steps.
@@ -148,20 +160,32 @@ def run(
     saves and returns after the step in flight.
 
     Raises:
-        NonFiniteError: Loss or gradient is NaN or infinite; earlier checkpoints stay as they are.
-        ValueError: The checkpoint's data order does not continue under this configuration.
+        NonFiniteError: Loss, gradient or parameters are NaN or infinite; earlier checkpoints stay
+            as they are.
+        ValueError: The checkpoint does not continue under this configuration, or the rows of a
+            batch do not divide over the mesh.
     """
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(_SigTerm())
+        return _run(task, config, pathlib.Path(workdir), hooks, stop, stack)
+
+
+def _run(task, config, workdir, hooks, stop, stack) -> TrainState:
+    """`run`; what has to be closed, in whatever way the run ends, goes on the stack."""
+
+    def open_until_end(resource):
+        return stack.enter_context(contextlib.closing(resource))
+
     # ----- Mesh, data, abstract state, shardings -----
-    workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     setup = set_up(task, config)
     # Created late: restoring or reading starts its prefetch threads.
-    dataset = task.dataset(jax.process_index(), jax.process_count())
-    iterator = iter(dataset)
+    iterator = open_until_end(iter(task.dataset(jax.process_index(), jax.process_count())))
 
     # ----- Restore this run, or start -----
-    store = CheckpointStore(workdir / "checkpoints", config.keep_checkpoints)
-    run_config = {"loop": dataclasses.asdict(config), **task.config}
+    store = open_until_end(CheckpointStore(workdir / "checkpoints", config.keep_checkpoints))
+    # With every default of the loop and the optimizer, not only what the experiment set.
+    run_config = {**task.config, "loop": dataclasses.asdict(config)}
     checkpoint = Checkpoint(setup.abstract, iterator, Clock(), run_config, task.fingerprint)
     restored = store.restore(checkpoint)
     if restored is not None:
@@ -175,20 +199,15 @@ def run(
 
     # ----- Steps -----
     start = int(checkpoint.state.step)
-    writer = MetricsWriter(workdir, start, config.num_steps, task.name)
-    try:
-        with jax.set_mesh(setup.mesh), _SigTerm() as stop:
-            _steps(task, config, setup, checkpoint, store, writer, hooks, stop)
-    finally:
-        writer.close()
-        store.close()
+    writer = open_until_end(MetricsWriter(workdir, start, config.num_steps, task.name))
+    with jax.set_mesh(setup.mesh):
+        _steps(task, config, setup, checkpoint, store, writer, hooks, stop)
     return checkpoint.state
 
 
 def _steps(task, config, setup, checkpoint, store, writer, hooks, stop) -> None:
     """Save, next, update; `checkpoint` holds the current state throughout."""
     pending = _Pending(config, writer)
-    to_device = _to_device(setup.mesh)
     step_fn = None
     start = step = int(checkpoint.state.step)
     began, seconds = time.monotonic(), checkpoint.clock.seconds
@@ -201,7 +220,7 @@ def _steps(task, config, setup, checkpoint, store, writer, hooks, stop) -> None:
         local = next(checkpoint.dataset)
         waited = time.monotonic() - waited
         with jax.transfer_guard("disallow"):
-            batch = task.prepare(to_device(local))
+            batch = task.prepare(to_device(setup.mesh, local))
             if step_fn is None:
                 step_fn = _compile(setup, checkpoint.state, batch)
             checkpoint.state, metrics = step_fn(checkpoint.state, batch)
@@ -218,7 +237,7 @@ def _steps(task, config, setup, checkpoint, store, writer, hooks, stop) -> None:
     if step > start:
         store.save(step, checkpoint)
     if stop.requested:
-        logging.warning("stopped by SIGTERM at step %d; saved", step)
+        logging.warning("stopped by SIGTERM at step %d; a new start continues there", step)
 
 
 def _compile(setup: Setup, state: TrainState, batch: Any) -> Any:
@@ -226,17 +245,42 @@ def _compile(setup: Setup, state: TrainState, batch: Any) -> Any:
     compiled = setup.step.lower(state, batch).compile()
     seconds = time.monotonic() - began
     logging.info("compiled the step in %.1f s; %s", seconds, memory_report(compiled))
+    needed, donated = bytes_per_device(setup.abstract), donated_bytes(compiled)
+    if donated is not None and donated < needed:
+        # Not an error: the numbers are right, and a platform may be unable to alias.
+        logging.warning("only %d of %d bytes of the state are donated", donated, needed)
     return compiled
 
 
-def _to_device(mesh):
-    """Local numpy arrays -> global arrays, the leading axis over the batch axes of the mesh."""
+def bytes_per_device(abstract: Any) -> int:
+    """Bytes of an abstract tree with shardings on each device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(abstract)
+    )
+
+
+def donated_bytes(compiled: Any) -> int | None:
+    """Bytes of the arguments that the results take over, or None where nobody knows."""
+    stats = compiled.memory_analysis()
+    return None if stats is None else stats.alias_size_in_bytes
+
+
+def to_device(mesh: jax.sharding.Mesh, local: Any) -> Any:
+    """Local numpy arrays -> global arrays, the leading axis over the batch axes of the mesh.
+
+    Raises:
+        ValueError: The rows of the global batch do not divide over those axes.
+    """
+    ways = math.prod(mesh.shape[name] for name in sharding.BATCH_AXES)
+    num_rows = len(jax.tree.leaves(local)[0]) * jax.process_count()
+    if num_rows % ways:
+        raise ValueError(
+            f"a batch of {num_rows} rows does not divide over mesh {dict(mesh.shape)}: it must be a"
+            f" multiple of {' x '.join(sharding.BATCH_AXES)} = {ways}"
+        )
     rows = sharding.batch_sharding(mesh)
-
-    def put(local):
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), local)
-
-    return put
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), local)
 
 
 class _Pending:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from nextstep_jax.flow import path
 
@@ -51,7 +51,7 @@ def chunked_cross_entropy(
     return total
 
 
-def next_position(x: Array) -> Array:
+def next_position(x: Shaped[Array, "batch length"]) -> Shaped[Array, "batch length"]:
     """(batch, length) values moved one to the left: entry p is that of position p + 1; last 0."""
     return jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
 
@@ -61,7 +61,8 @@ def gather_image_positions(
 ) -> tuple[Int[Array, "batch n"], Float[Array, "batch n"]]:
     """Indices of the weighted positions of each row, in order, padded with weight 0.
 
-    A row must not have more than `num_positions` of them; the packer sees to that.
+    A row must not have more than `num_positions` of them: what is left over would not be trained
+    and nobody would notice. `training.pretrain` refuses such a combination before it starts.
     """
     order = jnp.argsort(weights == 0, axis=1, stable=True)[:, :num_positions]
     return order, jnp.take_along_axis(weights, order, axis=1)

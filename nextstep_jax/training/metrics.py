@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import UInt8
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -18,14 +19,14 @@ JSONL = "metrics.jsonl"
 
 
 class NonFiniteError(RuntimeError):
-    """Loss or gradient is NaN or infinite."""
+    """Loss, gradient or parameters are NaN or infinite."""
 
 
 def check_finite(step: int, values: dict[str, float]) -> None:
-    """Raises NonFiniteError, naming the step, if loss or gradient norm is NaN or infinite."""
+    """Raises NonFiniteError, naming the step, if the loss or one of the norms is not finite."""
     bad = {
         name: values[name]
-        for name in ("loss", "grad_norm")
+        for name in ("loss", "grad_norm", "param_norm", "update_norm")
         if name in values and not math.isfinite(values[name])
     }
     if bad:
@@ -33,9 +34,15 @@ def check_finite(step: int, values: dict[str, float]) -> None:
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics file, in order."""
+    """The lines of a run's metrics file, in order.
+
+    A last line without its end belongs to a run that was killed while writing it; it is left out.
+    """
     path = pathlib.Path(workdir) / JSONL
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    whole, _, _ = path.read_text().rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 class MetricsWriter:
@@ -81,8 +88,8 @@ class MetricsWriter:
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(step - self._bar.n)
 
-    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """A picture, uint8 (height, width, 3), for TensorBoard."""
+    def image(self, step: int, name: str, pixels: UInt8[np.ndarray, "height width 3"]) -> None:
+        """A picture for TensorBoard."""
         if self._active:
             self._board.add_image(name, pixels, step, dataformats="HWC")
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int
 
 SCHEDULES = ("constant", "cosine")
 # Leaves that are matrices, by name: stacked biases and gains have two axes as well.
@@ -93,7 +94,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     )
 
 
-def update_ema(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:
+def update_ema(ema: Any, params: Any, step: Int[Array, ""], decay: float) -> Any:
     """decay * ema + (1 - decay) * params; early on the decay is (1 + step) / (10 + step)."""
     step = step.astype(jnp.float32)
     decay = jnp.minimum(decay, (1 + step) / (10 + step))

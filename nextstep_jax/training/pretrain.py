@@ -13,12 +13,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Key
 
-from nextstep_jax.data.pipeline import DataConfig, Sources, make_pipeline, pipeline_fingerprint
+from nextstep_jax.data.packing import PackingConfig
+from nextstep_jax.data.pipeline import (
+    DataConfig,
+    Sources,
+    make_pipeline,
+    pipeline_fingerprint,
+    stage_configs,
+)
 from nextstep_jax.data.text_tokenizer import TextTokenizer
 from nextstep_jax.flow.path import logit_normal_times
 from nextstep_jax.models.nextstep import NextStep, init_params
 from nextstep_jax.models.vae import VAE, from_uint8
+from nextstep_jax.parallel import sharding
 from nextstep_jax.training.losses import (
     chunked_cross_entropy,
     flow_matching_error,
@@ -38,8 +47,8 @@ class LossConfig:
         text_weight: Weight of the cross-entropy (paper, Table 1).
         image_weight: Weight of the flow loss (paper, Table 1).
         text_chunk: Positions of a row whose logits exist at one time. Ours: memory against speed.
-        image_positions: Image positions gathered from a row; a row must not hold more. None
-            gathers the whole row. Ours: a matter of speed.
+        image_positions: Image positions gathered from a row. None gathers the whole row; less is
+            faster, and must suffice for the fullest row (`most_image_tokens`). Ours.
     """
 
     text_weight: float = 0.01
@@ -48,7 +57,9 @@ class LossConfig:
     image_positions: int | None = None
 
 
-def encode_images(vae: VAE, vae_params: Any, batch: Batch, patch_size: int) -> jax.Array:
+def encode_images(
+    vae: VAE, vae_params: Any, batch: Batch, patch_size: int
+) -> Float[Array, "batch length token"]:
     """The pixels of packed rows as latents in their places.
 
     Args:
@@ -76,20 +87,25 @@ def encode_images(vae: VAE, vae_params: Any, batch: Batch, patch_size: int) -> j
 
 
 def nextstep_losses(
-    model: NextStep, params: Any, batch: Batch, times: jax.Array, noise: jax.Array, chunk: int
-) -> tuple[jax.Array, jax.Array]:
+    model: NextStep,
+    params: Any,
+    batch: Batch,
+    times: Float[Array, "draws batch n"],
+    noise: Float[Array, "draws batch n token"],
+    chunk: int,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Mean cross-entropy and mean flow-matching error of packed rows.
 
     Args:
         model: The model.
         params: Its parameters.
         batch: token_ids, latents, segment_ids, positions, text_weights, image_weights.
-        times: float32 (draws, batch, n), the times of every gathered position.
-        noise: float32 (draws, batch, n, token).
+        times: The times of every gathered position.
+        noise: The noise they are mixed with.
         chunk: See `LossConfig.text_chunk`.
 
     Returns:
-        Two float32 scalars; a kind of token that the batch does not have gives 0.
+        Float32; a kind of token that the batch does not have gives 0.
     """
 
     def apply(method, *args):
@@ -118,6 +134,17 @@ def nextstep_losses(
     return text_loss, weighted_mean(jnp.sum(weights * error), weights)
 
 
+def most_image_tokens(packing: PackingConfig) -> int:
+    """Image tokens that no packed row exceeds, by its length and its slots.
+
+    Documents that carry latents take no slots, so that only the length bounds them.
+    """
+    if packing.latent_dim is not None:
+        return packing.row_length
+    in_slots = sum(packing.slots_of(size) * packing.tokens_of(size) for size in packing.image_sizes)
+    return min(packing.row_length, in_slots)
+
+
 class NextStepTask:
     """Training of the unified model, for `training.loop`."""
 
@@ -134,18 +161,31 @@ class NextStepTask:
         loss: LossConfig,
         config: dict[str, Any],
     ):
-        """Holds what the loop asks for; `vae` is not needed for records with latents."""
+        """Holds what the loop asks for; `vae` is not needed for records with latents.
+
+        Raises:
+            ValueError: A row could hold more image tokens than `loss.image_positions`, and the
+                rest would silently not be trained.
+        """
+        _, packing = stage_configs(data, tokenizer, model.config)
+        most, gathered = most_image_tokens(packing), loss.image_positions
+        if gathered is not None and gathered < most:
+            raise ValueError(
+                f"loss.image_positions={gathered}, but a row of data.row_length={data.row_length}"
+                f" with data.max_images_per_row={data.max_images_per_row} can hold {most} image"
+                f" tokens: image_positions must be at least {most}, or None"
+            )
         self.config = config
         self.fingerprint = pipeline_fingerprint(
             data, sources, tokenizer, model.config, jax.process_count()
         )
-        self._model, self._vae_params = model, vae_params
+        self._model, self._vae_params, self._vae_mesh = model, vae_params, None
         self._data, self._loss = data, loss
         self._sources, self._tokenizer = sources, tokenizer
         patch = model.config.patch_size
         self._encode = jax.jit(lambda params, batch: encode_images(vae, params, batch, patch))
 
-    def init_params(self, key: jax.Array) -> Any:
+    def init_params(self, key: Key[Array, ""]) -> Any:
         """Published initialisers."""
         return init_params(self._model, key)
 
@@ -166,9 +206,19 @@ class NextStepTask:
             return batch
         rest = {k: v for k, v in batch.items() if k not in ("images", "image_index")}
         images = {"images": batch["images"], "image_index": batch["image_index"]}
-        return {**rest, "latents": self._encode(self._vae_params, images)}
+        return {**rest, "latents": self._encode(self._placed_vae_params(batch), images)}
 
-    def loss(self, params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict]:
+    def _placed_vae_params(self, batch: Batch) -> Any:
+        """On all devices of the batch; as read from disk they lie on the first alone."""
+        mesh = batch["image_index"].sharding.mesh
+        if mesh != self._vae_mesh:
+            self._vae_params = jax.device_put(self._vae_params, sharding.replicated(mesh))
+            self._vae_mesh = mesh
+        return self._vae_params
+
+    def loss(
+        self, params: Any, batch: Batch, key: Key[Array, ""]
+    ) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
         """w_text * L_text + w_image * L_image and its parts."""
         rows, length = batch["token_ids"].shape
         num_positions = min(self._loss.image_positions or length, length)

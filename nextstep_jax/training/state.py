@@ -11,6 +11,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Key
 
 from nextstep_jax.training.optimizer import (
     OptimizerConfig,
@@ -43,7 +44,7 @@ class TrainState:
     key: Any
 
 
-def init_state(params: Any, config: OptimizerConfig, key: jax.Array) -> TrainState:
+def init_state(params: Any, config: OptimizerConfig, key: Key[Array, ""]) -> TrainState:
     """A fresh state around initial parameters (boxed or not)."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -94,7 +94,8 @@ class TokenizerTask:
         """`source` holds documents with images; the first image of each is used."""
         self.config = config
         self.fingerprint = {
-            "source": repr(source),
+            # The repr of a plain object is its address, which no other process has.
+            "source": repr(source) if dataclasses.is_dataclass(source) else type(source).__name__,
             "documents": len(source),
             "batch_size": train.batch_size,
             "seed": train.seed,
@@ -103,7 +104,7 @@ class TokenizerTask:
         self.vae, self.train = vae, train
         self._source = source
 
-    def init_params(self, key: jax.Array) -> Any:
+    def init_params(self, key: Key[Array, ""]) -> Any:
         """Fresh parameters of both halves."""
         side = self.train.image_size
         return self.vae.init(key, jnp.zeros((1, side, side, 3)))["params"]
@@ -122,7 +123,9 @@ class TokenizerTask:
         """Nothing to do."""
         return batch
 
-    def loss(self, params: Any, batch: Mapping[str, Any], key: jax.Array) -> tuple:
+    def loss(
+        self, params: Any, batch: Mapping[str, Any], key: Key[Array, ""]
+    ) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
         """Reconstruction from the disturbed latent, and its parts."""
         train, variables = self.train, {"params": params}
         images = from_uint8(batch["images"])

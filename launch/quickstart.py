@@ -1,0 +1,145 @@
+"""Trains a tiny NextStep on the built-in world, samples from it, and scores it.
+
+Example:
+    python launch/quickstart.py --minutes=11 --workdir=runs/quickstart
+
+Measures the machine, plans as many steps as fit into the minutes, trains an image tokenizer and a
+model, draws 16 held-out captions into one picture, and has the checker read 300 held-out captions
+back. Started again with the same workdir, it goes on where it stopped.
+"""
+
+import importlib.util
+import json
+import pathlib
+import time
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from nextstep_jax import runs
+from nextstep_jax.data.shapes import heldout_prompts
+from nextstep_jax.evaluation.hooks import score_alignment
+from nextstep_jax.evaluation.pictures import captioned_grid
+from nextstep_jax.evaluation.shapes_checker import check_claim
+from nextstep_jax.sampling.pipeline import NextStepPipeline
+from nextstep_jax.training import experiment
+from nextstep_jax.training.logs import set_up_logging
+
+_MINUTES = flags.DEFINE_float("minutes", 11.0, "Minutes of training, both trainings together.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where everything goes.")
+_SMOKE = flags.DEFINE_bool("smoke", False, "Show only that every part works, in about a minute.")
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_LEVEL = "easy"
+# Share of the minutes that the image tokenizer gets; ours, see docs/quickstart.md.
+_TOKENIZER_SHARE = 0.22
+_NUM_PICTURES, _NUM_SCORED, _NUM_SCORED_SMOKE = 16, 300, 24
+_SMOKE_STEPS = 20
+
+
+def load_config(name: str):
+    """The experiment `configs/NAME.py` at the quickstart's level."""
+    spec = importlib.util.spec_from_file_location(name, _ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(_LEVEL)
+
+
+def plan_steps(path: pathlib.Path, name: str, measure, seconds: float) -> int:
+    """Steps that fit into the seconds; written down, so that a second start keeps them."""
+    plan = json.loads(path.read_text()) if path.exists() else {}
+    if name not in plan:
+        per_step = 0.0 if _SMOKE.value else measure()
+        plan[name] = _SMOKE_STEPS if _SMOKE.value else max(100, int(seconds / per_step))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(plan, indent=2) + "\n")
+        if per_step:
+            print(f"{name}: {per_step * 1e3:.0f} ms a step here, {plan[name]} steps")
+    return plan[name]
+
+
+def with_steps(config, num_steps: int):
+    """The config with that many steps, warm-up and pauses in proportion."""
+    config.loop.num_steps = num_steps
+    config.loop.checkpoint_every = max(50, num_steps // 5)
+    config.loop.hook_every = max(1, num_steps // 3)
+    config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, num_steps // 10 + 1)
+    return config
+
+
+def train(workdir: pathlib.Path, seconds: float) -> None:
+    """Both trainings."""
+    plan = workdir / "plan.json"
+    config = load_config("shapes_tokenizer")
+    steps = plan_steps(
+        plan,
+        "tokenizer",
+        lambda: runs.seconds_per_step(*experiment.build_tokenizer_task(config)),
+        seconds * _TOKENIZER_SHARE,
+    )
+    headline("1/4 image tokenizer", "learns to turn an image into a few continuous tokens")
+    runs.train_tokenizer(with_steps(config, steps), workdir / "tokenizer")
+
+    config = load_config("shapes")
+    if _SMOKE.value:
+        config.score.num_scored = _NUM_PICTURES
+    model_dir, tokenizer_dir = workdir / "model", workdir / "tokenizer"
+    steps = plan_steps(
+        plan,
+        "model",
+        lambda: runs.seconds_per_step(*runs.prepare_model(config, model_dir, tokenizer_dir)[:2]),
+        seconds * (1 - _TOKENIZER_SHARE),
+    )
+    headline("2/4 model", "learns to write captions and image tokens as one sequence")
+    runs.train_model(with_steps(config, steps), model_dir, tokenizer_dir)
+
+
+def sample_and_score(workdir: pathlib.Path) -> None:
+    """The picture and the score."""
+    headline("3/4 sampling", f"{_NUM_PICTURES} held-out captions")
+    pipe = NextStepPipeline.from_pretrained(workdir / "model")
+    claims = heldout_prompts(_LEVEL, _NUM_SCORED_SMOKE if _SMOKE.value else _NUM_SCORED, seed=1)
+    shown = claims[:_NUM_PICTURES]
+    captions = [claim["prompt"] for claim in shown]
+    images = pipe(captions, seed=list(range(len(shown)))).images
+    marks = [check_claim(np.asarray(image), claim) for image, claim in zip(images, shown, strict=True)]
+    captioned_grid(images, captions, marks=marks).save(workdir / "samples.png")
+
+    headline("4/4 scoring", f"{len(claims)} held-out captions, read back from the pixels")
+    report, _ = score_alignment(pipe, claims)
+    (workdir / "score.json").write_text(json.dumps(report.as_dict(), indent=2) + "\n")
+    print(report.table())
+
+
+def headline(title: str, text: str) -> None:
+    """One line between the stages."""
+    print(f"\n== {title}: {text}", flush=True)
+
+
+def main(argv: list[str]) -> None:
+    """Runs the four stages and says where everything is."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    if not _MINUTES.value > 0:
+        raise app.UsageError(f"--minutes={_MINUTES.value} must be positive")
+    began = time.monotonic()
+    set_up_logging()
+    runs.use_compilation_cache(_ROOT / ".cache" / "jax")
+    workdir = pathlib.Path(_WORKDIR.value)
+    print(f"nextstep_jax quickstart on {jax.devices()[0].device_kind}, jax {jax.__version__}")
+    train(workdir, 60 * _MINUTES.value)
+    sample_and_score(workdir)
+    print(
+        f"""
+Done in {(time.monotonic() - began) / 60:.1f} minutes.
+  picture      {workdir / "samples.png"} (green: the checker finds what the caption says)
+  score        {workdir / "score.json"}
+  curves       tensorboard --logdir {workdir}
+  draw more    python launch/sample.py --checkpoint={workdir / "model"} --prompt="a red circle"
+  train on     ./launch/quickstart.sh --minutes=60 --workdir=runs/longer"""
+    )
+
+
+if __name__ == "__main__":
+    app.run(main)

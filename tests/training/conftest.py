@@ -1,0 +1,106 @@
+"""A run so small that its step compiles in seconds, and what it is made of."""
+
+import copy
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nextstep_jax.data import text_tokenizer
+from nextstep_jax.models.config import VAEConfig
+from nextstep_jax.models.vae import VAE
+from nextstep_jax.training import experiment
+
+TINY = {
+    "image_size": 32,
+    "model": {
+        "size": "tiny",
+        "decoder": {
+            "vocab_size": 264,
+            "embed_dim": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 8,
+            "mlp_dim": 64,
+        },
+        "flow_head": {"width": 32, "num_layers": 2, "frequency_dim": 32, "draws_per_token": 2},
+    },
+    "vae": {
+        "channels": 4,
+        "channel_multipliers": [1, 2, 2, 2],
+        "num_res_blocks": 1,
+        "num_groups": 2,
+    },
+    "sources": {"pair": {"type": "shapes", "kind": "pair", "level": "easy"}},
+    "data": {
+        "row_length": 96,
+        "rows_per_batch": 8,
+        "image_bases": [32],
+        "square_only": True,
+        "max_images_per_row": 4,
+        "num_packing_bins": 8,
+        "num_threads": 1,
+    },
+    "loss": {"image_positions": 16, "text_chunk": 40},
+    "optimizer": {"learning_rate": 1e-3, "warmup_steps": 4, "ema_decay": 0.9},
+    "loop": {"num_steps": 8, "checkpoint_every": 4, "log_every": 1},
+}
+
+
+@pytest.fixture(scope="session")
+def make_config():
+    """(section={changes}, ...) -> the tiny experiment with changes, as plain values."""
+
+    def make(**changes):
+        config = copy.deepcopy(TINY)
+        for section, values in changes.items():
+            config.setdefault(section, {}).update(values)
+        return config
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Bytes only."""
+    return text_tokenizer.train_bpe([], len(text_tokenizer.SPECIAL_TOKENS) + 256)
+
+
+@pytest.fixture(scope="session")
+def vae():
+    """An untrained image tokenizer and its parameters, which lie on the first device."""
+    module = VAE(experiment.build(VAEConfig, TINY["vae"], "vae"))
+    params = jax.jit(module.init)(jax.random.key(7), jnp.zeros((1, 32, 32, 3)))["params"]
+    return types.SimpleNamespace(
+        module=module, params=jax.device_put(params, jax.devices("cpu")[0])
+    )
+
+
+@pytest.fixture(scope="session")
+def make_task(make_config, tokenizer, vae):
+    """(section={changes}, ...) -> task and loop config of the tiny experiment."""
+
+    def make(**changes):
+        config = make_config(**changes)
+        return experiment.build_nextstep_task(config, vae.module, vae.params, tokenizer)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def relative_error():
+    """The largest max|a - b| / max|b| over the leaves of two trees; zeros must be zeros."""
+
+    def error(actual, expected):
+        def of_leaf(a, b):
+            a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+            assert a.shape == b.shape
+            difference, scale = np.abs(a - b).max(), np.abs(b).max()
+            return float(difference / scale if scale else difference)
+
+        return max(jax.tree.leaves(jax.tree.map(of_leaf, actual, expected)))
+
+    return error
