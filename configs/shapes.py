@@ -2,22 +2,35 @@
 
     python launch/train.py --config=configs/shapes.py:easy --tokenizer=runs/tok --workdir=runs/easy
 
-The argument is the level of the world: easy (one object, 32x32, captions only), pairs or full
-(64x64, all four kinds of documents).
+The argument is the level of the world: easy (one object, captions only), pairs or full (all four
+kinds of documents); and, after a dash, the side of the images if not the default: full-32.
 """
 
 from ml_collections import ConfigDict
 
-# Table 1 of the paper, stage 2 and annealing: text, pairs, image-to-image, interleaved.
+# Paper, Table 1, with fewer texts and more pairs; ours.
 _MIXTURE = {"text": 0.1, "pair": 0.7, "edit": 0.1, "interleaved": 0.1}
+_IMAGE_SIZES = {"easy": 32, "pairs": 64, "full": 64}
+_PIXELS_PER_TOKEN = 16
+# Text around an image, at the least; a row holds no more images than this lets in.
+_TEXT_PER_IMAGE = 12
 
 
-def get_config(level: str = "easy") -> ConfigDict:
+def level_and_size(argument: str) -> tuple[str, int]:
+    """("full", 32) of "full-32", ("easy", 32) of "easy"."""
+    level, _, size = argument.partition("-")
+    if level not in _IMAGE_SIZES:
+        raise ValueError(f"config argument: level {level!r}, choose from {list(_IMAGE_SIZES)}")
+    return level, int(size or _IMAGE_SIZES[level])
+
+
+def get_config(argument: str = "easy") -> ConfigDict:
     """The experiment."""
-    easy = level == "easy"
-    image_size = 32 if easy else 64
-    mixture = {"pair": 1.0} if easy else _MIXTURE
-    row_length = 256 if easy else 512
+    level, image_size = level_and_size(argument)
+    mixture = {"pair": 1.0} if level == "easy" else _MIXTURE
+    row_length = 256 if level == "easy" else 512
+    num_tokens = (image_size // _PIXELS_PER_TOKEN) ** 2
+    max_images = row_length // (num_tokens + _TEXT_PER_IMAGE)
     return ConfigDict(
         {
             "image_size": image_size,
@@ -30,10 +43,10 @@ def get_config(level: str = "easy") -> ConfigDict:
                 "row_length": row_length,
                 "rows_per_batch": 2,
                 "square_only": True,
-                "max_images_per_row": 16,
+                "max_images_per_row": max_images,
                 "num_threads": 1,
             },
-            "loss": {"image_positions": row_length // 4, "text_chunk": row_length},
+            "loss": {"image_positions": max_images * num_tokens, "text_chunk": row_length},
             "optimizer": {
                 "learning_rate": 2e-3,
                 "schedule": "cosine",

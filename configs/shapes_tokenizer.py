@@ -2,15 +2,17 @@
 
     python launch/train_tokenizer.py --config=configs/shapes_tokenizer.py:easy --workdir=runs/tok
 
-The argument is the level of the world: easy (32x32), pairs or full (64x64).
+The argument is the level of the world, easy, pairs or full, and, after a dash, the side of the
+images if not the default (32 for easy, 64 for the others): full-32.
 """
 
 from ml_collections import ConfigDict
 
 
-def get_config(level: str = "easy") -> ConfigDict:
+def get_config(argument: str = "easy") -> ConfigDict:
     """The experiment."""
-    image_size = 32 if level == "easy" else 64
+    level, _, size = argument.partition("-")
+    image_size = int(size or (32 if level == "easy" else 64))
     return ConfigDict(
         {
             # Flux-shaped, f8c16, with few channels where the images are large: on a CPU the

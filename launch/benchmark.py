@@ -4,8 +4,13 @@ flow_head: one image token, from noise to data in Euler steps, with the flow hea
 (arXiv 2508.10711, Table 6) in two forms: naive (time, condition and modulations anew at every
 step) and amortised (the modulations of all steps by one product a block, then the steps).
 
+sampling: image tokens as the pipeline samples them, with random weights: tokens per second, and
+milliseconds per token of decoder, flow head and rest, beside the byte model (what has to be read
+at the device's memory bandwidth; the share of that limit that is reached).
+
 Examples:
     python launch/benchmark.py flow_head --head=b --steps=28 --rows=2 --json=flow_head.json
+    python launch/benchmark.py sampling --size=14b --steps=28 --tokens=256 --dtype=bfloat16
 """
 
 import argparse
@@ -25,9 +30,12 @@ from absl.flags import argparse_flags
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from nextstep_jax.evaluation import timing
-from nextstep_jax.models.config import FLOW_HEADS, NextStepConfig
+from nextstep_jax.evaluation import roofline, sampling_speed, timing
+from nextstep_jax.flow.solvers import SOLVERS
+from nextstep_jax.models.config import DECODERS, FLOW_HEADS, NextStepConfig, nextstep_config
 from nextstep_jax.models.flow_head import FlowHead
+from nextstep_jax.models.nextstep import NextStep
+from nextstep_jax.sampling.generate import SamplerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +104,7 @@ def flow_head(args: argparse.Namespace) -> dict[str, Any]:
     """
     if args.head not in FLOW_HEADS:
         raise ValueError(f"head={args.head!r} is unknown; choose from {list(FLOW_HEADS)}")
-    for name in ("steps", "rows", "repeats", "cond_dim"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name}={getattr(args, name)} must be at least 1")
+    _check_positive(args, "steps", "rows", "repeats", "cond_dim")
     head = FlowHead(FLOW_HEADS[args.head], NextStepConfig().token_dim)
     variables = random_params(head, args.cond_dim)
     x = _normal(1000, args.rows, head.token_dim)
@@ -146,10 +152,96 @@ def _flow_head_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=7, help="timed rounds")
 
 
+def _check_positive(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name}={getattr(args, name)} must be at least 1")
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """Sampling of whole images: measured times by part, and the byte model beside them.
+
+    Raises:
+        ValueError: An unknown size, head or solver, or a number out of range.
+    """
+    _check_positive(args, "steps", "batch", "tokens", "prompt_length", "repeats")
+    if not 1 <= args.branches <= 3:
+        raise ValueError(f"branches={args.branches} must be 1, 2 or 3")
+    if args.bandwidth_gbs is not None and not args.bandwidth_gbs > 0:
+        raise ValueError(f"bandwidth_gbs={args.bandwidth_gbs} must be positive")
+    config = nextstep_config(args.size, args.head)
+    sampler = SamplerConfig(args.solver, num_steps=args.steps)
+    setting = sampling_speed.Setting(
+        args.batch, args.branches, args.tokens, args.prompt_length, sampler
+    )
+    model = NextStep(config, dtype=jnp.dtype(args.dtype), scan_layers=False)
+    params = sampling_speed.random_params(model, model.dtype)
+    measured = sampling_speed.measure(model, params, setting, args.repeats)
+    summary = sampling_speed.summarise(measured["times_s"], args.batch, args.tokens)
+
+    steps = len(SOLVERS[args.solver].times(args.steps, sampler.shift))
+    # On average half of the image is in the cache.
+    context = args.prompt_length + args.tokens / 2
+    itemsize = model.dtype.itemsize
+    needed = roofline.token_bytes(
+        config, rows=setting.rows, context=context, steps=steps, itemsize=itemsize
+    )
+    bandwidth, source = _bandwidth(args.bandwidth_gbs)
+    needed_bytes = {"whole": needed.total, "decoder": needed.decoder, "head": needed.head}
+    limit_ms = {name: size / bandwidth / 1e6 for name, size in needed_bytes.items()}
+    share = {name: limit_ms[name] / summary["ms_per_token"][name] for name in limit_ms}
+    names = ("size", "batch", "branches", "tokens", "prompt_length", "solver", "steps", "repeats")
+    return {
+        "settings": {
+            **{name: getattr(args, name) for name in names},
+            "head": args.head or "that of the size",
+            "dtype": args.dtype,
+            "parameters": dataclasses.asdict(roofline.count_parameters(config)),
+        },
+        **summary,
+        "byte_model": {
+            "bytes_per_token": needed_bytes,
+            "bandwidth_gbs": bandwidth,
+            "bandwidth_source": source,
+            "limit_ms_per_token": limit_ms,
+            "share_reached": share,
+        },
+        **measured,
+    }
+
+
+def _bandwidth(given: float | None) -> tuple[float, str]:
+    """Memory bandwidth in GB/s and where the figure is from."""
+    if given is not None:
+        return given, "--bandwidth_gbs"
+    known = roofline.known_bandwidth(jax.devices()[0].device_kind)
+    if known is not None:
+        return known, "nominal"
+    return roofline.measured_bandwidth(), "measured: x <- a x + y"
+
+
+def _sampling_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--size", default="tiny", help=f"decoder, one of {', '.join(DECODERS)}")
+    add("--head", help=f"one of {', '.join(FLOW_HEADS)}; default: that of the size")
+    add("--solver", default="euler_maruyama_full", help=f"one of {', '.join(SOLVERS)}")
+    add("--steps", type=int, default=28, help="steps of the solver for a token")
+    add("--batch", type=int, default=1, help="images at once")
+    add("--branches", type=int, default=2, help="guidance branches, 1 to 3")
+    add("--tokens", type=int, default=256, help="tokens of an image")
+    add("--prompt_length", type=int, default=128, help="tokens of a prompt")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of all weights")
+    add("--repeats", type=int, default=5, help="timed rounds")
+    add("--bandwidth_gbs", type=float, help="memory bandwidth; default: known or measured")
+
+
 # A new benchmark is one function and one row.
 BENCHMARKS = {
     "flow_head": Benchmark(
         "the flow head, naive against amortised modulations", _flow_head_flags, flow_head
+    ),
+    "sampling": Benchmark(
+        "image tokens by part, beside the limit of the memory", _sampling_flags, sampling
     ),
 }
 

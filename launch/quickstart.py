@@ -75,7 +75,7 @@ def train(workdir: pathlib.Path, seconds: float) -> None:
     steps = plan_steps(
         plan,
         "tokenizer",
-        lambda: runs.seconds_per_step(*experiment.build_tokenizer_task(config)),
+        lambda: runs.seconds_per_step(*experiment.build_tokenizer_task(experiment.plain(config))),
         seconds * _TOKENIZER_SHARE,
     )
     headline("1/4 image tokenizer", "learns to turn an image into a few continuous tokens")
@@ -103,7 +103,9 @@ def sample_and_score(workdir: pathlib.Path) -> None:
     shown = claims[:_NUM_PICTURES]
     captions = [claim["prompt"] for claim in shown]
     images = pipe(captions, seed=list(range(len(shown)))).images
-    marks = [check_claim(np.asarray(image), claim) for image, claim in zip(images, shown, strict=True)]
+    marks = [
+        check_claim(np.asarray(image), claim) for image, claim in zip(images, shown, strict=True)
+    ]
     captioned_grid(images, captions, marks=marks).save(workdir / "samples.png")
 
     headline("4/4 scoring", f"{len(claims)} held-out captions, read back from the pixels")

@@ -74,7 +74,8 @@ def load(args: argparse.Namespace) -> NextStepPipeline:
 def sample(pipe: NextStepPipeline, args: argparse.Namespace) -> PipelineOutput:
     """Samples what the flags ask for, with a progress bar over the tokens."""
     sampler = {"solver": args.solver, "shift": args.shift}
-    with tqdm(desc="sampling", unit="token") as bar:
+    # Not shown at once: bad input is to end with one line and nothing else.
+    with tqdm(desc="sampling", unit="token", delay=0.1) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

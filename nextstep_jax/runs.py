@@ -28,16 +28,20 @@ from nextstep_jax.training import experiment, loop
 from nextstep_jax.training.tokenizer import first_image
 
 _NUM_RECONSTRUCTIONS = 16
+_CACHE_BYTES = 2 * 2**30
 
 
 def use_compilation_cache(directory: pathlib.Path) -> None:
     """Keeps compiled programs in a folder, unless the environment names another one."""
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(directory))
-    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    directory = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(directory))
+    jax.config.update("jax_compilation_cache_dir", directory)
+    # A bound keeps the folder small and puts a lock on it; all users of a folder need the same.
+    jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
 
 
 def train_tokenizer(config: Any, workdir: pathlib.Path) -> None:
     """Trains the image tokenizer of a config, or continues it."""
+    config = experiment.plain(config)
     task, loop_config = experiment.build_tokenizer_task(config)
     write_vae_config(workdir, task.vae.config)
     pixels = _held_out_pixels(config, task.train.image_size)
@@ -46,13 +50,12 @@ def train_tokenizer(config: Any, workdir: pathlib.Path) -> None:
 
 def train_model(config: Any, workdir: pathlib.Path, tokenizer_dir: pathlib.Path) -> None:
     """Trains the model of a config, or continues it; the workdir is a model directory."""
-    workdir = pathlib.Path(workdir)
-    prepared = prepare_model(config, workdir, tokenizer_dir)
-    task, loop_config, write, make_pipeline = prepared
+    config = experiment.plain(config)
+    task, loop_config, write, make_pipeline = prepare_model(config, workdir, tokenizer_dir)
     write()
     hooks = []
     if "score" in config:
-        hooks.append(SampleHook(workdir, make_pipeline, **experiment.plain(config["score"])))
+        hooks.append(SampleHook(workdir, make_pipeline, **config["score"]))
     loop.run(task, loop_config, workdir, hooks)
 
 
@@ -63,6 +66,7 @@ def prepare_model(config: Any, workdir: pathlib.Path, tokenizer_dir: pathlib.Pat
         Task, loop config, a function that writes the model directory around the checkpoints, and
         a function from parameters to a pipeline.
     """
+    config = experiment.plain(config)
     vae_config, vae_params = read_vae(tokenizer_dir)
     vae = VAE(vae_config)
     model_config = experiment.build_model_config(config["model"])
@@ -73,7 +77,7 @@ def prepare_model(config: Any, workdir: pathlib.Path, tokenizer_dir: pathlib.Pat
     )
     task, loop_config = experiment.build_nextstep_task(config, vae, vae_params, tokenizer)
     size = (config["image_size"], config["image_size"])
-    sampling = {**experiment.plain(config["sampling"]), "image_size": list(size)}
+    sampling = {**config["sampling"], "image_size": list(size)}
     write = functools.partial(
         write_model_directory, workdir, model_config, vae_config, vae_params, tokenizer, sampling
     )

@@ -37,7 +37,7 @@ def _prepare_environment() -> None:
     env.setdefault("JAX_PLATFORMS", "cpu,cuda" if _has_gpu() else "cpu")
     env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     env.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
-    env.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+    env.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax-tests"))
     env.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
     # A bound also switches on the file lock that makes the cache safe between processes.
     env.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 * 2**30))

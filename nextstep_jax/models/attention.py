@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from nextstep_jax.models.config import DecoderConfig
+
 LayerCache = tuple[jax.Array, jax.Array]
 
 
@@ -59,8 +61,10 @@ class KVCache:
     starts: Any
 
     @classmethod
-    def empty(cls, config, batch: int, length: int, starts: Any, dtype: Any) -> "KVCache":
-        """A cache of zeros for `length` positions; `config` is a DecoderConfig."""
+    def empty(
+        cls, config: DecoderConfig, batch: int, length: int, starts: Any, dtype: Any
+    ) -> "KVCache":
+        """A cache of zeros for `length` positions."""
         shape = (batch, length, config.num_kv_heads, config.head_dim)
         make = functools.partial(jnp.zeros, shape, dtype)
         k = tuple(make() for _ in range(config.num_layers))

@@ -15,12 +15,12 @@ from flax import linen as nn
 from flax.linen import spmd
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 Initializer = Callable[..., jax.Array]
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+def constrain(x: Shaped[Array, "..."], *axes: str | None) -> Shaped[Array, "..."]:
     """Asks the compiler to lay an activation out by its logical axes.
 
     Without sharding rules in scope it does nothing, so that a model runs on one device without

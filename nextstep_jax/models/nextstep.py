@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from nextstep_jax.models.attention import KVCache, Segments
 from nextstep_jax.models.config import NextStepConfig
@@ -152,7 +152,7 @@ class NextStep(nn.Module):
         return self.text_logits(hidden), self.velocity(latents, time, self.condition(hidden))
 
 
-def init_params(model: NextStep, key: jax.Array) -> dict[str, Any]:
+def init_params(model: NextStep, key: Key[Array, ""]) -> dict[str, Any]:
     """Boxed parameters (with their logical axes) of a model; shapes do not depend on the batch."""
     ids = jnp.zeros((1, 2), jnp.int32)
     latents = jnp.zeros((1, 2, model.config.token_dim), jnp.float32)
@@ -164,7 +164,7 @@ def unrolled(params: dict[str, Any]) -> dict[str, Any]:
     return {**params, "decoder": unstack_layers(params["decoder"])}
 
 
-def gen_position_table(config: NextStepConfig) -> np.ndarray:
+def gen_position_table(config: NextStepConfig) -> Float[np.ndarray, "positions embed"]:
     """The optional 2D sincos, float32 (side^2, embed): token i gets row i.
 
     The first half of the width encodes the column, the second the row; each half is sines, then

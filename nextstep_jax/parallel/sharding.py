@@ -64,14 +64,14 @@ def tree_shardings(abstract: Any, mesh: Mesh) -> Any:
     Raises:
         ValueError: A logical name that the table does not know.
     """
-    known = {name for name, _ in RULES}
+    known = [name for name, _ in RULES]
 
     def place(leaf):
         if not isinstance(leaf, nn.Partitioned):
             return replicated(mesh)
         unknown = [name for name in leaf.names if name is not None and name not in known]
         if unknown:
-            raise ValueError(f"logical axes {unknown} are not in the sharding table {list(known)}")
+            raise ValueError(f"logical axes {unknown} are not in the sharding table {known}")
         spec = nn.logical_to_mesh_axes(leaf.names, RULES)
         return NamedSharding(mesh, _divisible(spec, leaf.value.shape, mesh))
 

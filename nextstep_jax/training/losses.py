@@ -76,7 +76,7 @@ def flow_matching_error(
     noise: Float[Array, "draws batch n token"],
 ) -> Float[Array, "batch n"]:
     """Mean over draws and values of |v(x_t, t, condition) - (x - noise)|^2, float32."""
-    x = tokens.astype(jnp.float32)[None]
+    x = jnp.broadcast_to(tokens.astype(jnp.float32), noise.shape)
     noisy = path.interpolate(x, noise, times)
     conditions = jnp.broadcast_to(conditions, (times.shape[0], *conditions.shape))
     error = velocity_fn(noisy, times, conditions) - path.velocity_target(x, noise)

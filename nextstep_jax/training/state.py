@@ -75,9 +75,9 @@ def make_train_step(
             "loss": loss,
             **metrics,
             "learning_rate": schedule(state.step),
-            "grad_norm": optax.global_norm(grads),
-            "param_norm": optax.global_norm(params),
-            "update_norm": optax.global_norm(updates),
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(params),
+            "update_norm": optax.tree.norm(updates),
         }
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
         return state, metrics

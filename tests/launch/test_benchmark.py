@@ -7,8 +7,13 @@ import pytest
 from flax import linen as nn
 
 from launch import benchmark
+from nextstep_jax.evaluation import sampling_speed
 from nextstep_jax.models.config import FlowHeadConfig
 from nextstep_jax.models.flow_head import FlowHead
+from nextstep_jax.models.nextstep import NextStep
+from nextstep_jax.sampling import generate
+from nextstep_jax.sampling.generate import SamplerConfig
+from tests import tiny_model
 
 PROGRAM = "launch/benchmark.py"
 TINY = ["flow_head", "--head=tiny", "--steps=3", "--rows=2", "--cond_dim=8", "--repeats=3"]
@@ -92,3 +97,84 @@ def test_help_has_an_example(capsys):
         benchmark.parse_flags([PROGRAM, "--help"])
     assert stopped.value.code == 0
     assert f"python {PROGRAM} flow_head --head=b" in capsys.readouterr().out
+
+
+SMALL = ["sampling", "--steps=2", "--tokens=3", "--prompt_length=8", "--repeats=5"]
+
+
+def test_sampling_report(tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    flags = [*SMALL, "--batch=2", "--bandwidth_gbs=20", f"--json={path}"]
+    benchmark.main(benchmark.parse_flags([PROGRAM, *flags]))
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert json.loads(capsys.readouterr().out) == report
+    assert report["settings"]["parameters"]["decoder"] == 1_575_872
+    times = report["times_s"]
+    assert {name: len(seconds) for name, seconds in times.items()} == dict.fromkeys(
+        ("whole", "decoder", "head", "prefill"), 5
+    )
+    assert set(report["compile_s"]) == set(times) and min(report["compile_s"].values()) > 0
+    ms = report["ms_per_token"]
+    for name in ("whole", "decoder", "head"):
+        assert ms[name] == pytest.approx(1e3 * sorted(times[name])[2] / 3)
+        model = report["byte_model"]
+        limit = 1e3 * model["bytes_per_token"][name] / 20e9
+        assert model["limit_ms_per_token"][name] == pytest.approx(limit)
+        assert model["share_reached"][name] == pytest.approx(limit / ms[name])
+    rounds = zip(times["whole"], times["decoder"], times["head"], strict=True)
+    assert ms["rest"] == pytest.approx(sorted(1e3 * (w - d - h) / 3 for w, d, h in rounds)[2])
+    assert report["tokens_per_s"] == pytest.approx(2 * 3 / sorted(times["whole"])[2])
+    assert report["byte_model"]["bandwidth_source"] == "--bandwidth_gbs"
+
+
+def test_the_parts_do_what_sampling_does():
+    """The decoder's program leaves sampling's cache, the head's its tokens."""
+    model = NextStep(tiny_model.CONFIG, scan_layers=False)
+    params, sampler = tiny_model.unrolled_params(), SamplerConfig("ode", num_steps=2)
+    prompts = generate.pad_prompts(tiny_model.prompt_rows(("a", "green")), 1, 16, 16)
+    keys, guidance = jax.random.key(3)[None], np.array([2.0, 1.0], np.float32)
+    start = generate.prefill_jit(model, params, prompts, keys, 3)
+    hidden = [jnp.array(start.hidden)]
+    state = generate.prefill_jit(model, params, prompts, keys, 3)
+    for _ in range(3):
+        state = generate.sample_chunk(model, params, state, guidance, sampler, 1)
+        hidden.append(jnp.array(state.hidden))
+    again = sampling_speed.decoder_only(model, params, start.replace(tokens=state.tokens.copy()))
+    for left, right in zip(again.cache.k, state.cache.k, strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-5)
+    np.testing.assert_allclose(again.hidden, state.hidden, atol=1e-5)
+
+    noise = generate.draw_noise(keys, jnp.int32(0), 1, 16)
+    tokens = sampling_speed.head_only(
+        model, params, jnp.stack(hidden[:3]), noise, guidance, sampler
+    )
+    # The first token starts from the same noise; the others from the token before.
+    np.testing.assert_allclose(tokens[0], state.tokens[:, 0], atol=1e-5)
+    assert np.abs(tokens[1] - tokens[0]).max() > 1e-2
+
+
+def test_random_weights_are_drawn_in_their_dtype():
+    model = NextStep(tiny_model.CONFIG, scan_layers=False)
+    params = sampling_speed.random_params(model, jnp.bfloat16)
+    assert "lm_head" not in params
+    assert set(params["decoder"]) == {"layers_0", "layers_1", "final_norm"}
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    table = np.asarray(params["embed_tokens"], np.float32)
+    assert abs(np.std(table) / 0.02 - 1) < 0.03
+    assert np.unique(table).size > 100
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--size=99b", "size='99b' is unknown; choose from"),
+        ("--head=xl", "head='xl' is unknown; choose from"),
+        ("--solver=rk4", "unknown solver 'rk4'"),
+        ("--branches=4", "branches=4 must be 1, 2 or 3"),
+        ("--tokens=0", "tokens=0 must be at least 1"),
+        ("--bandwidth_gbs=-1", "bandwidth_gbs=-1.0 must be positive"),
+    ],
+)
+def test_bad_flags_of_sampling(flag, message):
+    with pytest.raises(SystemExit, match=f"benchmark sampling: {message}"):
+        benchmark.main(benchmark.parse_flags([PROGRAM, *SMALL, flag]))

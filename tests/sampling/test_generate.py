@@ -26,6 +26,8 @@ ROWS = tiny_model.prompt_rows(
 GUIDANCE = np.array([2.5, 1.7], np.float32)
 KEYS = jax.vmap(jax.random.key)(np.arange(10, 10 + BATCH, dtype=np.uint32))
 MODEL = NextStep(tiny_model.CONFIG, scan_layers=False)
+# Where the settings do not matter: compiled once for several tests.
+CONFIG = SamplerConfig("ode", NUM_STEPS, schedule="rising", renorm=True)
 
 
 def prompts_of(branches, length=32):
@@ -84,26 +86,25 @@ def naive_tokens(config, branches, noise, guidance=GUIDANCE, model=MODEL, positi
     """A python loop over images' tokens and steps; noise (tokens, noises, batch, dim)."""
     hidden_fn, velocity_fn = naive_functions(model)
     dim, placeholder = tiny_model.CONFIG.token_dim, tiny_model.CONFIG.image_placeholder_id
-    rows = [ROWS[3 * i + j] for i in range(BATCH) for j in range(branches)]
     length = max(len(row) for row in ROWS) + NUM_TOKENS
     tokens = np.zeros((BATCH, NUM_TOKENS, dim))
     stochastic = config.solver != "ode"
     for n in range(NUM_TOKENS):
-        ids = np.zeros((len(rows), length), np.int32)
-        latents = np.zeros((len(rows), length, dim), np.float32)
-        lengths = np.array([len(row) + n for row in rows], np.int32)
-        for r, row in enumerate(rows):
+        ids = np.zeros((len(ROWS), length), np.int32)
+        latents = np.zeros((len(ROWS), length, dim), np.float32)
+        lengths = np.array([len(row) + n for row in ROWS], np.int32)
+        for r, row in enumerate(ROWS):
             ids[r, : lengths[r]] = row + [placeholder] * n
-            latents[r, len(row) : lengths[r]] = tokens[r // branches, :n]
+            latents[r, len(row) : lengths[r]] = tokens[r // 3, :n]
         hidden = hidden_fn(ids, latents, lengths)
         scale = naive_scale(config.schedule, guidance[0], n, NUM_TOKENS)
         position = None if positions is None else jnp.asarray(positions[n], jnp.float32)
         x = noise[n, 0].astype(np.float64)
         for i in range(config.num_steps):
             t, dt = i / config.num_steps, 1 / config.num_steps
-            repeated = np.repeat(x, branches, axis=0).astype(np.float32)
+            repeated = np.repeat(x, 3, axis=0).astype(np.float32)
             v = np.asarray(velocity_fn(repeated, np.float32(t), hidden, position), np.float64)
-            v = v.reshape(BATCH, branches, dim)
+            v = v.reshape(BATCH, 3, dim)[:, :branches]
             v = np.stack([naive_guide(one, scale, guidance[1], config.renorm) for one in v])
             if stochastic:  # dx = (v + (1 - t) score) dt + sqrt(2 (1 - t)) dW
                 score = (t * v - x) / (1 - t)
@@ -127,7 +128,7 @@ def recorded_noise(config, keys=KEYS):
     [
         (1, SamplerConfig("ode", num_steps=NUM_STEPS)),
         (2, SamplerConfig("euler_maruyama_full", NUM_STEPS, schedule="falling", token_norm=True)),
-        (2, SamplerConfig("ode", NUM_STEPS, schedule="rising", renorm=True)),
+        (2, CONFIG),
         (3, SamplerConfig("euler_maruyama_full", NUM_STEPS, renorm=True)),
     ],
     ids=["1", "2-falling-norm", "2-rising-renorm", "3-renorm"],
@@ -142,12 +143,12 @@ def test_generate_is_a_plain_loop(branches, config):
 
 
 def test_generate_is_prefill_and_chunks():
-    config, prompts = SamplerConfig("ode", NUM_STEPS), prompts_of(2)
-    tokens = tokens_of(config, prompts)
+    prompts = prompts_of(2)
+    tokens = tokens_of(CONFIG, prompts)
     params = tiny_model.unrolled_params()
     state = prefill_jit(MODEL, params, prompts, KEYS, NUM_TOKENS)
-    for steps in (1, 4, 1):
-        state = sample_chunk(MODEL, params, state, GUIDANCE, config, steps)
+    for _ in range(3):
+        state = sample_chunk(MODEL, params, state, GUIDANCE, CONFIG, NUM_TOKENS // 3)
     assert int(state.index) == NUM_TOKENS
     assert int(state.cache.index) == prompts.token_ids.shape[1] + NUM_TOKENS
     # Another program may fuse differently, but the cut does not enter the formulas.
@@ -156,22 +157,20 @@ def test_generate_is_prefill_and_chunks():
 
 def test_every_condition_moves_the_result():
     """What the comparison above could not see if the weights hid it."""
-    config = SamplerConfig("ode", num_steps=NUM_STEPS)
-    base = tokens_of(config, prompts_of(2))
+    base = tokens_of(CONFIG, prompts_of(2))
     assert np.abs(base[0] - base[1]).max() > 0.1
     prompts = prompts_of(2)
     other = np.array(prompts.token_ids)
     other[0, -8] += 1  # a letter of the first image's caption
-    moved = tokens_of(config, prompts.replace(token_ids=other))
+    moved = tokens_of(CONFIG, prompts.replace(token_ids=other))
     assert np.abs(moved[0] - base[0]).max() > 1e-2
     np.testing.assert_allclose(moved[1], base[1], atol=1e-6)
-    scale = tokens_of(config, prompts_of(2), guidance=np.array([1.5, 1.7], np.float32))
+    scale = tokens_of(CONFIG, prompts_of(2), guidance=np.array([1.5, 1.7], np.float32))
     assert np.abs(scale - base).max() > 1e-2
 
 
 def test_padding_does_not_matter():
-    config = SamplerConfig("ode", num_steps=NUM_STEPS)
-    short, long = (tokens_of(config, prompts_of(2, length)) for length in (32, 40))
+    short, long = (tokens_of(CONFIG, prompts_of(2, length)) for length in (32, 40))
     np.testing.assert_allclose(short, long, atol=2e-5 * np.abs(short).max())
 
 
@@ -208,13 +207,12 @@ def test_noise_is_a_function_of_key_and_index():
 
 def test_state_is_donated():
     params = tiny_model.unrolled_params()
-    config = SamplerConfig("ode", num_steps=NUM_STEPS)
     state = prefill_jit(MODEL, params, prompts_of(2), KEYS, NUM_TOKENS)
-    compiled = sample_chunk.lower(MODEL, params, state, GUIDANCE, config, 1).compile()
+    compiled = sample_chunk.lower(MODEL, params, state, GUIDANCE, CONFIG, 2).compile()
     cache_bytes = sum(leaf.nbytes for leaf in (*state.cache.k, *state.cache.v))
     assert compiled.memory_analysis().alias_size_in_bytes >= cache_bytes + state.tokens.nbytes
     pointers = [leaf.unsafe_buffer_pointer() for leaf in state.cache.k]
-    after = sample_chunk(MODEL, params, state, GUIDANCE, config, 1)
+    after = sample_chunk(MODEL, params, state, GUIDANCE, CONFIG, 2)
     assert all(leaf.is_deleted() for leaf in (*state.cache.k, *state.cache.v, state.tokens))
     assert [leaf.unsafe_buffer_pointer() for leaf in after.cache.k] == pointers
 
@@ -227,8 +225,7 @@ def vocab_shapes(text):
 
 def test_no_logits():
     params = tiny_model.unrolled_params()
-    config = SamplerConfig("ode", num_steps=NUM_STEPS)
-    args = (MODEL, params, prompts_of(2), KEYS, GUIDANCE, config, NUM_TOKENS)
+    args = (MODEL, params, prompts_of(2), KEYS, GUIDANCE, CONFIG, NUM_TOKENS)
     table = f"{tiny_model.VOCAB_SIZE}x{tiny_model.CONFIG.decoder.embed_dim}"
     # The embedding is read; neither the LM head nor anything (rows, vocab) is there.
     assert vocab_shapes(generate.lower(*args).as_text()) == {table}

@@ -18,7 +18,7 @@ TINY = {
     "model": {
         "size": "tiny",
         "decoder": {
-            "vocab_size": 264,
+            "vocab_size": 272,
             "embed_dim": 32,
             "num_layers": 2,
             "num_heads": 4,
@@ -26,7 +26,7 @@ TINY = {
             "head_dim": 8,
             "mlp_dim": 64,
         },
-        "flow_head": {"width": 32, "num_layers": 2, "frequency_dim": 32, "draws_per_token": 2},
+        "flow_head": {"width": 32, "num_layers": 1, "frequency_dim": 32, "draws_per_token": 2},
     },
     "vae": {
         "channels": 4,
@@ -70,13 +70,45 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def vae():
+def vae(make_vae):
     """An untrained image tokenizer and its parameters, which lie on the first device."""
-    module = VAE(experiment.build(VAEConfig, TINY["vae"], "vae"))
-    params = jax.jit(module.init)(jax.random.key(7), jnp.zeros((1, 32, 32, 3)))["params"]
+    return make_vae()
+
+
+@pytest.fixture(scope="session")
+def make_vae():
+    """(field=value, ...) -> the untrained image tokenizer with changes."""
+    return _make_vae
+
+
+def _make_vae(**changes):
+    module = VAE(experiment.build(VAEConfig, {**TINY["vae"], **changes}, "vae"))
+    shapes = jax.eval_shape(module.init, jax.random.key(7), jnp.zeros((1, 32, 32, 3)))["params"]
+    params = _fill(shapes)
     return types.SimpleNamespace(
         module=module, params=jax.device_put(params, jax.devices("cpu")[0])
     )
+
+
+def _fill(shapes):
+    """Random parameters; compiling `init` would take longer than all that is done with it."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
+    filled = []
+    for number, (path, leaf) in enumerate(leaves):
+        noise = np.random.default_rng([7, number]).standard_normal(leaf.shape)
+        if path[-1].key == "kernel":
+            # The last axis but one, or for a convolution all before the last, is summed over.
+            noise /= np.sqrt(np.prod(leaf.shape[:-1]) if len(leaf.shape) == 4 else leaf.shape[-2])
+        else:
+            noise = 0.2 * noise + (path[-1].key == "scale")
+        filled.append(np.float32(noise))
+    return jax.tree_util.tree_unflatten(treedef, filled)
+
+
+@pytest.fixture(scope="session")
+def fill():
+    """Shapes -> random parameters of order one in effect; zeros and ones hide errors."""
+    return _fill
 
 
 @pytest.fixture(scope="session")

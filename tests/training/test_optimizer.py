@@ -29,11 +29,15 @@ def _problem(steps=5, seed=0):
 
 
 def _updates(transformation, params, grads):
-    opt_state = transformation.init(params)
-    for grad in grads:
-        updates, opt_state = transformation.update(grad, opt_state, params)
-        params = optax.apply_updates(params, updates)
-    return params
+    @jax.jit
+    def run(params, grads):
+        opt_state = transformation.init(params)
+        for grad in grads:
+            updates, opt_state = transformation.update(grad, opt_state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    return run(params, grads)
 
 
 CONFIG = OptimizerConfig(learning_rate=0.01, warmup_steps=3, schedule="cosine", num_steps=7)

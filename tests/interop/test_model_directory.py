@@ -1,0 +1,143 @@
+import dataclasses
+import json
+
+import grain
+import jax
+import numpy as np
+import pytest
+
+from nextstep_jax.interop.model_directory import (
+    read_model_directory,
+    read_vae,
+    write_model_directory,
+    write_vae_config,
+)
+from nextstep_jax.models.config import to_dict
+from nextstep_jax.sampling.pipeline import NextStepPipeline
+from nextstep_jax.training.checkpoint import Checkpoint, CheckpointStore, Clock
+from tests import tiny_model
+
+SAMPLING = {"preset": "nextstep-1", "guidance_scale": 4.0, "image_size": [12, 16]}
+
+
+def write(path, params=None, sampling=SAMPLING):
+    write_model_directory(
+        path,
+        tiny_model.CONFIG,
+        tiny_model.VAE_CONFIG,
+        tiny_model.vae_params(),
+        tiny_model.tokenizer(),
+        sampling,
+        params,
+    )
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A whole model directory."""
+    path = tmp_path_factory.mktemp("model") / "deep" / "folder"
+    write(path, tiny_model.params())
+    return path
+
+
+def save(store, step, state):
+    data = iter(grain.MapDataset.range(9).to_iter_dataset())
+    store.save(step, Checkpoint(state, data, Clock(), {}, {}))
+
+
+def _same_tree(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def test_round_trip(directory):
+    read = read_model_directory(directory)
+    assert read.config == tiny_model.CONFIG
+    assert read.vae_config == tiny_model.VAE_CONFIG
+    assert hash(read.vae_config) == hash(tiny_model.VAE_CONFIG)
+    _same_tree(read.params, tiny_model.params())
+    _same_tree(read.vae_params, tiny_model.vae_params())
+    assert read.tokenizer.fingerprint == tiny_model.tokenizer().fingerprint
+    assert read.sampling == SAMPLING
+    assert read.step is None
+    assert {path.name for path in directory.iterdir()} == {
+        *("model.json", "tokenizer.json", "vae", "params")
+    }
+
+
+def test_written_again_it_is_replaced(tmp_path):
+    write(tmp_path, tiny_model.params())
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, tiny_model.params())
+    write(tmp_path, doubled, {"preset": "plain"})
+    read = read_model_directory(tmp_path)
+    _same_tree(read.params, doubled)
+    assert read.sampling == {"preset": "plain"}
+
+
+def test_what_is_not_a_model_directory(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"is not a model directory: it has no model\.json"):
+        read_model_directory(tmp_path)
+    write(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no finished checkpoint in .*checkpoints"):
+        read_model_directory(tmp_path)
+    values = json.loads((tmp_path / "model.json").read_text())
+    (tmp_path / "model.json").write_text(json.dumps({**values, "format": 2}))
+    with pytest.raises(ValueError, match=r"model\.json: format 2, expected 1"):
+        read_model_directory(tmp_path)
+
+
+def test_tokenizer_and_config_must_agree(tmp_path):
+    write(tmp_path)
+    config = dataclasses.replace(tiny_model.CONFIG, boi_id=6)
+    values = json.loads((tmp_path / "model.json").read_text())
+    (tmp_path / "model.json").write_text(json.dumps({**values, "model": to_dict(config)}))
+    with pytest.raises(ValueError, match="boi_id: the tokenizer has 3"):
+        read_model_directory(tmp_path)
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_newest_checkpoint_of_a_run(tmp_path, ema):
+    write(tmp_path)
+    small = {"a": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    store = CheckpointStore(tmp_path / "checkpoints")
+    for step in (5, 9):
+        params = jax.tree.map(lambda leaf, step=step: jax.numpy.asarray(leaf + step), small)
+        moving = jax.tree.map(lambda leaf: leaf + 100, params) if ema else None
+        state = {"params": params, "ema": moving, "opt_state": {"m": params}}
+        save(store, step, state)
+    store.close()
+    read = read_model_directory(tmp_path)
+    assert read.step == 9
+    _same_tree(read.params, {"a": small["a"] + 9 + 100 * ema})
+
+
+def test_vae_alone(tmp_path, directory):
+    config, params = read_vae(directory)
+    assert config == tiny_model.VAE_CONFIG
+    _same_tree(params, tiny_model.vae_params())
+
+    with pytest.raises(FileNotFoundError, match=r"holds no image tokenizer: no vae\.json"):
+        read_vae(tmp_path)
+    write_vae_config(tmp_path / "run", config)
+    with pytest.raises(FileNotFoundError, match="no finished checkpoint"):
+        read_vae(tmp_path / "run")
+    store = CheckpointStore(tmp_path / "run" / "checkpoints")
+    params = {"a": jax.numpy.arange(3.0)}
+    save(store, 1, {"params": params, "ema": None})
+    store.close()
+    read_config, read_params = read_vae(tmp_path / "run")
+    assert read_config == config
+    _same_tree(read_params, params)
+
+
+def test_the_pipeline_takes_the_settings(directory, tmp_path):
+    pipe = NextStepPipeline.from_pretrained(directory, dtype=jax.numpy.bfloat16)
+    assert pipe.preset.guidance_scale == 4.0
+    assert pipe.preset.sampler.solver == "euler_maruyama"
+    assert pipe.image_size == (12, 16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(pipe.params)} == {np.dtype("bfloat16")}
+    assert pipe.model.dtype == jax.numpy.bfloat16
+
+    write(tmp_path, {"decoder": {}}, {"guidance": 2.0})
+    with pytest.raises(ValueError, match=r"\['guidance'\] are unknown; Preset has"):
+        NextStepPipeline.from_pretrained(tmp_path)

@@ -1,0 +1,147 @@
+import contextlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from launch import sample
+from nextstep_jax.interop.model_directory import write_model_directory
+from tests import tiny_model
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+PROGRAM = "launch/sample.py"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A model directory of the tiny model."""
+    path = tmp_path_factory.mktemp("model")
+    sampling = {
+        "preset": "plain",
+        "guidance_scale": 2.5,
+        "negative_prompt": "blurry",
+        "image_size": list(tiny_model.IMAGE_SIZE),
+        "sampler": {"solver": "ode", "num_steps": 2},
+    }
+    write_model_directory(
+        path,
+        tiny_model.CONFIG,
+        tiny_model.VAE_CONFIG,
+        tiny_model.vae_params(),
+        tiny_model.tokenizer(),
+        sampling,
+        tiny_model.params(),
+    )
+    return path
+
+
+def test_pictures_of_a_fresh_process_on_eight_devices(directory, tmp_path):
+    """The program reads the model from disk and spreads it; one device here gives the same."""
+    (tmp_path / "prompts.txt").write_text("green\n\n  a large red triangle \n")
+    command = [
+        *(sys.executable, PROGRAM, f"--checkpoint={directory}", f"--out={tmp_path / 'out'}"),
+        *("--prompt=a red circle", f"--prompts_file={tmp_path / 'prompts.txt'}"),
+        *("--num_images=2", "--seed=7"),
+    ]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"6 images in {tmp_path / 'out'}" in done.stdout
+    assert "100%" in done.stderr and "12/12" in done.stderr
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [
+        "0000-a-red-circle-seed-7.png",
+        "0001-a-red-circle-seed-8.png",
+        "0002-green-seed-7.png",
+        "0003-green-seed-8.png",
+        "0004-a-large-red-triangle-seed-7.png",
+        "0005-a-large-red-triangle-seed-8.png",
+        "grid.png",
+    ]
+    with Image.open(tmp_path / "out" / names[1]) as image:
+        settings = json.loads(image.text[sample.METADATA_KEY])
+        pixels = np.asarray(image).astype(int)
+    expected = {
+        "prompt": "a red circle",
+        "negative_prompt": "blurry",
+        "seed": 8,
+        "height": 12,
+        "width": 16,
+        "guidance_scale": 2.5,
+        "solver": "ode",
+        "num_steps": 2,
+        "checkpoint": str(directory),
+        "step": None,
+        "input_images": [],
+    }
+    assert expected.items() <= settings.items()
+    made_here = tiny_model.pipeline()("a red circle", seed=8, solver="ode", num_inference_steps=2)
+    assert np.abs(np.asarray(made_here.images[0]).astype(int) - pixels).max() <= 1
+    assert pixels.std() > 10
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        assert grid.width == 4 * 168 + 8 and grid.height > 2 * 128
+
+
+def test_flags_reach_the_pipeline(tmp_path, monkeypatch):
+    source = np.random.default_rng([6]).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    Image.fromarray(source).save(tmp_path / "source.png")
+    args = sample.parse_flags(
+        [
+            *(PROGRAM, "--checkpoint=x", "--prompt=a", "--prompt=b", "--num_images=3", "--seed=5"),
+            *("--negative_prompt=n", "--height=64", "--width=32", "--steps=9", "--solver=heun"),
+            *("--guidance_scale=3.5", "--image_guidance_scale=1.5", "--shift=2"),
+            *("--batch_size=4", "--chunk_tokens=8", f"--image={tmp_path / 'source.png'}"),
+        ]
+    )
+    seen = {}
+    monkeypatch.setattr(sample, "tqdm", lambda **_: contextlib.nullcontext())
+    sample.sample(lambda prompts, **settings: seen.update(prompts=prompts, **settings), args)
+    np.testing.assert_array_equal(seen.pop("image"), [source])
+    assert callable(seen.pop("callback"))
+    assert seen == {
+        "prompts": ["a", "b"],
+        "negative_prompt": "n",
+        "height": 64,
+        "width": 32,
+        "num_inference_steps": 9,
+        "guidance_scale": 3.5,
+        "image_guidance_scale": 1.5,
+        "num_images_per_prompt": 3,
+        "seed": 5,
+        "batch_size": 4,
+        "chunk_tokens": 8,
+        "solver": "heun",
+        "shift": 2.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "no prompts; give --prompt or --prompts_file"),
+        (["--prompts_file=nowhere.txt"], "No such file or directory: 'nowhere.txt'"),
+        (["--prompt=a", "--checkpoint=nowhere"], "nowhere is not a model directory"),
+        (["--prompt=a", "--height=13"], "image size 13x16 .* is off the grid of 4 pixels"),
+        (["--prompt=a", "--steps=0"], "num_steps must be at least 1"),
+        (["--prompt=a", "--num_images=0"], "num_images_per_prompt=0 must be at least 1"),
+        (["--prompt=a", f"--image={__file__}"], "test_sample.py: cannot decode the image"),
+    ],
+)
+def test_bad_input_ends_with_one_line(flags, message, directory, tmp_path):
+    argv = [PROGRAM, f"--checkpoint={directory}", f"--out={tmp_path / 'out'}", *flags]
+    with pytest.raises(SystemExit, match=f"^sample: .*{message}") as stopped:
+        sample.main(sample.parse_flags(argv))
+    assert "\n" not in str(stopped.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_has_an_example(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        sample.parse_flags([PROGRAM, "--help"])
+    assert stopped.value.code == 0
+    assert f"python {PROGRAM} --checkpoint=runs/easy --prompt=" in capsys.readouterr().out

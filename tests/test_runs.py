@@ -1,0 +1,117 @@
+"""The whole way on real photographs: folder -> tokenizer -> model -> pictures, at toy size."""
+
+import importlib
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nextstep_jax import runs
+from nextstep_jax.sampling.pipeline import NextStepPipeline
+from nextstep_jax.training import experiment
+from nextstep_jax.training.metrics import read_metrics
+
+skimage_data = pytest.importorskip("skimage.data")
+
+_CAPTIONS = {
+    "astronaut": "a woman in an orange suit in front of a flag",
+    "coffee": "a cup of coffee with a spoon on a wooden table",
+    "chelsea": "a cat that looks at the camera",
+    "rocket": "a rocket on its pad at night",
+}
+
+
+def load_config(name, argument):
+    return importlib.import_module(f"configs.{name}").get_config(argument)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for name, caption in _CAPTIONS.items():
+        Image.fromarray(getattr(skimage_data, name)()).resize((96, 80)).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(caption + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def workdirs(photos, tmp_path_factory):
+    """A tokenizer and a model, trained for a handful of steps."""
+    root = tmp_path_factory.mktemp("runs")
+    config = load_config("folder_tokenizer", str(photos))
+    config.vae.update(channels=4, channel_multipliers=(1, 2), num_res_blocks=1, num_groups=2)
+    config.tokenizer.update(image_size=32, batch_size=8)
+    config.optimizer.update(learning_rate=3e-3, warmup_steps=5)
+    config.loop.update(num_steps=24, log_every=4, checkpoint_every=12, hook_every=24)
+    runs.train_tokenizer(config, root / "tokenizer")
+
+    config = load_config("folder", str(photos))
+    config.image_size = 32
+    with config.model.unlocked():
+        config.model.downsampling = 2
+        config.model.patch_size = 4
+        config.model.latent_channels = 16
+    config.model.decoder.update(
+        embed_dim=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=64
+    )
+    config.model.decoder.vocab_size = 512
+    config.model.flow_head.update(width=32, num_layers=2)
+    config.data.update(row_length=128, rows_per_batch=8, max_images_per_row=2)
+    config.optimizer.update(learning_rate=3e-3, warmup_steps=5)
+    config.loop.update(num_steps=24, log_every=4, checkpoint_every=12)
+    runs.train_model(config, root / "model", root / "tokenizer")
+    return root
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "model"])
+def test_loss_falls(workdirs, name):
+    lines = read_metrics(workdirs / name)
+    assert [line["step"] for line in lines] == [0, 3, 7, 11, 15, 19, 23]
+    assert lines[-1]["loss"] < 0.75 * lines[0]["loss"]
+
+
+def test_workdir_is_whole(workdirs):
+    for name in ("config.json", "model.json", "tokenizer.json", "metrics.jsonl"):
+        assert (workdirs / "model" / name).is_file(), name
+    assert (workdirs / "tokenizer" / "samples" / "step-0000024.png").is_file()
+    assert any((workdirs / "model" / "tensorboard").iterdir())
+    config = json.loads((workdirs / "model" / "config.json").read_text())
+    assert config["sources"]["photos"]["type"] == "folder"
+
+
+def test_pipeline_samples_from_the_workdir(workdirs):
+    pipe = NextStepPipeline.from_pretrained(workdirs / "model")
+    result = pipe("a cat", num_images_per_prompt=2, num_inference_steps=4, seed=3)
+    assert [image.size for image in result.images] == [(32, 32)] * 2
+    assert [one["seed"] for one in result.settings] == [3, 4]
+    assert np.abs(result.tokens[0] - result.tokens[1]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"), [("shapes", "easy"), ("shapes", "full"), ("folder", "x")]
+)
+def test_model_configs_have_no_unknown_keys(name, argument):
+    config = experiment.plain(load_config(name, argument))
+    model = experiment.build_model_config(config["model"])
+    loop = experiment.build_loop(config)
+    assert loop.optimizer.num_steps == loop.num_steps
+    assert model.token_dim == 64
+
+
+def test_unknown_key_is_an_error_that_lists_the_known(photos):
+    config = load_config("folder_tokenizer", str(photos))
+    with config.unlocked():
+        config.tokenizer.batch_sise = 3
+    with pytest.raises(ValueError, match="batch_sise.*batch_size"):
+        experiment.build_tokenizer_task(experiment.plain(config))
+
+
+def test_every_program_has_help_with_an_example():
+    launch = pathlib.Path(__file__).parent.parent / "launch"
+    programs = sorted(path for path in launch.glob("*.py"))
+    assert len(programs) >= 5
+    for path in programs:
+        head = path.read_text().split('"""')[1]
+        assert f"launch/{path.name}" in head, path

@@ -1,0 +1,217 @@
+"""The step of the unified model on meshes of eight devices, against one device."""
+
+import functools
+import logging
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from nextstep_jax.parallel import sharding
+from nextstep_jax.training import loop
+from nextstep_jax.training.checkpoint import Checkpoint, CheckpointStore, Clock
+from nextstep_jax.training.state import make_train_step
+
+MESHES = [
+    {"data": 8},
+    {"fsdp": 8},
+    {"tensor": 4, "fsdp": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def start(make_task):
+    """(mesh axes) -> set-up, compiled step, initial state, prepared batches; made once each."""
+    task, config = make_task()
+    with_mesh = functools.partial(make_task, optimizer={"eps": 1e-6})
+    del task, config
+
+    @functools.cache
+    def make(mesh):
+        task, config = with_mesh(loop={"mesh": dict(mesh)})
+        num_devices = int(np.prod([size for _, size in mesh]))
+        setup = loop.set_up(task, config, jax.devices("cpu")[:num_devices])
+        iterator = iter(task.dataset(0, 1))
+        with jax.set_mesh(setup.mesh):
+            state = setup.init()
+            batches = [task.prepare(loop.to_device(setup.mesh, next(iterator))) for _ in range(2)]
+            lowered = setup.step.lower(state, batches[0])
+            compiled = lowered.compile()
+        iterator.close()
+        return types.SimpleNamespace(
+            task=task,
+            setup=setup,
+            state=jax.device_get(state.replace(key=None)),
+            batches=batches,
+            lowered=lowered.as_text(),
+            compiled=compiled,
+        )
+
+    return lambda axes: make(tuple(axes.items()))
+
+
+def fresh_state(run):
+    with jax.set_mesh(run.setup.mesh):
+        return run.setup.init()
+
+
+@pytest.fixture(scope="module")
+def single(start):
+    """One device: what two steps give."""
+    run = start({"data": 1})
+    return types.SimpleNamespace(run=run, steps=two_steps(run))
+
+
+def two_steps(run):
+    """[(state without key, metrics)], on the host."""
+    state, results = fresh_state(run), []
+    for batch in run.batches:
+        state, metrics = run.compiled(state, batch)
+        results.append(jax.device_get((state.replace(key=None), metrics)))
+    return results
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_sharded_is_single_device(start, single, axes, relative_error):
+    """Initial values, batches, loss, gradients (the first moment) and the updated state."""
+    run = start(axes)
+    assert run.setup.mesh.size == 8
+    assert relative_error(run.state, single.run.state) == 0
+    for ours, theirs in zip(run.batches, single.run.batches, strict=True):
+        np.testing.assert_array_equal(ours["token_ids"], theirs["token_ids"])
+        assert relative_error(ours["latents"], theirs["latents"]) < 1e-5
+    for (state, metrics), (expected, expected_metrics) in zip(
+        two_steps(run), single.steps, strict=True
+    ):
+        for name in ("loss", "text_loss", "image_loss", "grad_norm", "param_norm"):
+            assert float(metrics[name]) == pytest.approx(float(expected_metrics[name]), rel=1e-5)
+        assert relative_error(moments(state), moments(expected)) < 1e-5
+        assert relative_error(state.params, expected.params) < 1e-5
+        assert relative_error(state.ema, expected.ema) < 1e-5
+
+
+def moments(state):
+    """(first moment): after one step a tenth of the clipped gradient."""
+    (adam,) = (s for s in state.opt_state if hasattr(s, "mu"))
+    return adam.mu
+
+
+def test_gradients_are_not_all_zero(single):
+    """What the comparison above rests on: after two steps every leaf has a gradient."""
+    sizes = [float(np.abs(leaf).max()) for leaf in jax.tree.leaves(moments(single.steps[1][0]))]
+    assert min(sizes) > 0
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_every_leaf_keeps_its_declared_sharding(start, axes):
+    run = start(axes)
+    state, metrics = run.compiled(fresh_state(run), run.batches[0])
+
+    def check(leaf, declared):
+        assert leaf.sharding.is_equivalent_to(declared, leaf.ndim)
+
+    jax.tree.map(check, state, run.setup.shardings)
+    jax.tree.map(lambda leaf: check(leaf, sharding.replicated(run.setup.mesh)), metrics)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+    on_one = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state.params))
+    ways = axes.get("fsdp", 1) * axes.get("tensor", 1)
+    # Biases, gains and the few kernels with one axis on the mesh are not split all ways.
+    assert weights / on_one > 0.6 * ways
+    for tree in (moments(state), state.ema):
+        jax.tree.map(lambda leaf, like: check(leaf, like.sharding), tree, state.params)
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_batches_are_split(start, axes):
+    run = start(axes)
+    rows = 8 // (axes.get("data", 1) * axes.get("fsdp", 1))
+    for name in ("token_ids", "latents"):
+        shapes = {s.data.shape[0] for s in run.batches[0][name].addressable_shards}
+        assert shapes == {rows}, name
+
+
+def test_constraints_reach_the_compiler(start, single):
+    """Counted in the lowered text; without the rules there is none."""
+    run = start(MESHES[-1])
+    assert run.lowered.count("sharding_constraint") >= 5
+    task, config = run.task, loop.LoopConfig()
+    step = jax.jit(make_train_step(task.loss, config.optimizer))
+    state = fresh_state(run).replace(ema=None)
+    with jax.set_mesh(run.setup.mesh):
+        without = step.lower(state, run.batches[0]).as_text()
+    assert without.count("sharding_constraint") == 0
+
+
+@pytest.mark.parametrize("axes", [{"data": 1}, *MESHES], ids=str)
+def test_the_whole_state_is_donated(start, axes):
+    """Its bytes on a device are aliased to the results, and the report says so."""
+    run = start(axes)
+    needed = loop.bytes_per_device(run.setup.abstract)
+    assert loop.donated_bytes(run.compiled) >= needed
+    report = loop.memory_report(run.compiled)
+    sizes = dict(re.findall(r"(\w+) ([\d.]+) MiB", report))
+    assert set(sizes) == {"arguments", "outputs", "donated", "temporaries"}
+    assert float(sizes["donated"]) == pytest.approx(needed / 2**20, abs=0.051)
+    state = fresh_state(run)
+    run.compiled(state, run.batches[0])
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_a_state_that_is_not_donated_is_noticed(start, caplog):
+    run = start({"data": 1})
+    kept = jax.jit(lambda state, batch: (state, {}))
+    setup = loop.Setup(run.setup.mesh, run.setup.abstract, None, run.setup.init, kept)
+    with caplog.at_level(logging.WARNING), jax.set_mesh(setup.mesh):
+        loop._compile(setup, fresh_state(run), run.batches[0])
+    (record,) = caplog.records
+    needed = loop.bytes_per_device(run.setup.abstract)
+    assert record.getMessage() == f"only 0 of {needed} bytes of the state are donated"
+
+
+def test_saved_on_one_mesh_continues_on_another(start, single, tmp_path, relative_error):
+    """The next loss is that of the run that was not moved."""
+    first, second = start(MESHES[3]), start(MESHES[1])
+    state, _ = first.compiled(fresh_state(first), first.batches[0])
+    store = CheckpointStore(tmp_path)
+    iterator = iter(first.task.dataset(0, 1))
+    next(iterator)
+    store.save(1, Checkpoint(state, iterator, Clock(), {}, first.task.fingerprint))
+    store.close()
+    iterator.close()
+
+    store = CheckpointStore(tmp_path)
+    iterator = iter(second.task.dataset(0, 1))
+    restored = store.restore(
+        Checkpoint(second.setup.abstract, iterator, Clock(), {}, second.task.fingerprint)
+    )
+    store.close()
+    with jax.set_mesh(second.setup.mesh):
+        local = next(iterator)
+        batch = second.task.prepare(loop.to_device(second.setup.mesh, local))
+        iterator.close()
+        after, metrics = second.compiled(restored.state, batch)
+    np.testing.assert_array_equal(local["token_ids"], single.run.batches[1]["token_ids"])
+    expected, expected_metrics = single.steps[1]
+    assert float(metrics["loss"]) == pytest.approx(float(expected_metrics["loss"]), rel=1e-5)
+    assert relative_error(jax.device_get(after.params), expected.params) < 1e-5
+
+
+def test_rows_that_do_not_divide_are_refused(start):
+    setup = start(MESHES[1]).setup
+    local = {"token_ids": np.zeros((6, 4), np.int32)}
+    with pytest.raises(ValueError, match=r"batch of 6 rows .*'fsdp': 8.* multiple of .* = 8"):
+        loop.to_device(setup.mesh, local)
+
+
+def test_init_unboxes(start):
+    state = start({"data": 1}).state
+    assert not any(
+        isinstance(leaf, nn.Partitioned)
+        for leaf in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    )
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
