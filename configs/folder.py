@@ -1,6 +1,6 @@
 """NextStep on your own photographs: a folder of images with .txt captions beside them.
 
-    python launch/train.py --config=configs/folder.py:photos --tokenizer=runs/tok --workdir=runs/mine
+    python launch/train.py --config=configs/folder.py:photos --tokenizer=runs/tok --workdir=runs/me
 
 The argument is the folder. The size is that of a workstation GPU; on a CPU make it smaller, for
 example --config.model.size=tiny --config.image_size=64 --config.data.row_length=256.

@@ -1,7 +1,7 @@
 """Trains a tiny NextStep on the built-in world, samples from it, and scores it.
 
 Example:
-    python launch/quickstart.py --minutes=11 --workdir=runs/quickstart
+    python launch/quickstart.py --minutes=8 --workdir=runs/quickstart
 
 Measures the machine, plans as many steps as fit into the minutes, trains an image tokenizer and a
 model, draws 16 held-out captions into one picture, and has the checker read 300 held-out captions
@@ -26,7 +26,7 @@ from nextstep_jax.sampling.pipeline import NextStepPipeline
 from nextstep_jax.training import experiment
 from nextstep_jax.training.logs import set_up_logging
 
-_MINUTES = flags.DEFINE_float("minutes", 11.0, "Minutes of training, both trainings together.")
+_MINUTES = flags.DEFINE_float("minutes", 8.0, "Minutes of training, both trainings together.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where everything goes.")
 _SMOKE = flags.DEFINE_bool("smoke", False, "Show only that every part works, in about a minute.")
 

@@ -104,7 +104,7 @@ def test_unknown_key_is_an_error_that_lists_the_known(photos):
     config = load_config("folder_tokenizer", str(photos))
     with config.unlocked():
         config.tokenizer.batch_sise = 3
-    with pytest.raises(ValueError, match="batch_sise.*batch_size"):
+    with pytest.raises(ValueError, match=r"batch_sise.*batch_size"):
         experiment.build_tokenizer_task(experiment.plain(config))
 
 

@@ -1,20 +1,19 @@
 """The step of the unified model on meshes of eight devices, against one device."""
 
+import dataclasses
 import functools
 import logging
 import re
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from nextstep_jax.parallel import sharding
 from nextstep_jax.training import loop
 from nextstep_jax.training.checkpoint import Checkpoint, CheckpointStore, Clock
-from nextstep_jax.training.state import make_train_step
+from nextstep_jax.training.state import init_state, make_train_step
 
 MESHES = [
     {"data": 8},
@@ -24,40 +23,54 @@ MESHES = [
 ]
 
 
+# Half the time to compile, and nobody runs these programs for long.
+COMPILER = {"xla_backend_optimization_level": 0}
+
+
 @pytest.fixture(scope="module")
-def start(make_task):
-    """(mesh axes) -> set-up, compiled step, initial state, prepared batches; made once each."""
-    task, config = make_task()
-    with_mesh = functools.partial(make_task, optimizer={"eps": 1e-6})
-    del task, config
+def start(make_task, fill):
+    """(mesh axes) -> set-up, compiled step and two batches; made once each.
+
+    Parameters and latents are filled in: compiling `init` and the encoder for every mesh would
+    take longer than the step.
+    """
 
     @functools.cache
     def make(mesh):
-        task, config = with_mesh(loop={"mesh": dict(mesh)})
+        task, config = make_task(loop={"mesh": dict(mesh)}, optimizer={"ema_decay": 0.0})
         num_devices = int(np.prod([size for _, size in mesh]))
         setup = loop.set_up(task, config, jax.devices("cpu")[:num_devices])
         iterator = iter(task.dataset(0, 1))
-        with jax.set_mesh(setup.mesh):
-            state = setup.init()
-            batches = [task.prepare(loop.to_device(setup.mesh, next(iterator))) for _ in range(2)]
-            lowered = setup.step.lower(state, batches[0])
-            compiled = lowered.compile()
+        batches = [with_latents(next(iterator)) for _ in range(2)]
         iterator.close()
+        params = fill(setup.abstract.params)
+
+        def fresh():
+            state = init_state(params, config.optimizer, jax.random.key(4))
+            return jax.device_put(state, setup.shardings)
+
+        with jax.set_mesh(setup.mesh):
+            on_device = [loop.to_device(setup.mesh, batch) for batch in batches]
+            lowered = setup.step.lower(setup.abstract, on_device[0])
         return types.SimpleNamespace(
             task=task,
             setup=setup,
-            state=jax.device_get(state.replace(key=None)),
-            batches=batches,
+            fresh=fresh,
+            local=batches,
+            batches=on_device,
             lowered=lowered.as_text(),
-            compiled=compiled,
+            compiled=lowered.compile(compiler_options=COMPILER),
         )
 
     return lambda axes: make(tuple(axes.items()))
 
 
-def fresh_state(run):
-    with jax.set_mesh(run.setup.mesh):
-        return run.setup.init()
+def with_latents(batch):
+    """Random tokens in the places of the images, which are dropped."""
+    index = batch["image_index"][..., None]
+    tokens = np.random.default_rng(0).standard_normal((*index.shape[:2], 64))
+    rest = {k: v for k, v in batch.items() if k not in ("images", "image_index")}
+    return {**rest, "latents": np.float32(np.where(index >= 0, tokens, 0))}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +82,7 @@ def single(start):
 
 def two_steps(run):
     """[(state without key, metrics)], on the host."""
-    state, results = fresh_state(run), []
+    state, results = run.fresh(), []
     for batch in run.batches:
         state, metrics = run.compiled(state, batch)
         results.append(jax.device_get((state.replace(key=None), metrics)))
@@ -78,13 +91,9 @@ def two_steps(run):
 
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_sharded_is_single_device(start, single, axes, relative_error):
-    """Initial values, batches, loss, gradients (the first moment) and the updated state."""
+    """Loss, gradients (the first moment) and the updated state."""
     run = start(axes)
     assert run.setup.mesh.size == 8
-    assert relative_error(run.state, single.run.state) == 0
-    for ours, theirs in zip(run.batches, single.run.batches, strict=True):
-        np.testing.assert_array_equal(ours["token_ids"], theirs["token_ids"])
-        assert relative_error(ours["latents"], theirs["latents"]) < 1e-5
     for (state, metrics), (expected, expected_metrics) in zip(
         two_steps(run), single.steps, strict=True
     ):
@@ -92,7 +101,6 @@ def test_sharded_is_single_device(start, single, axes, relative_error):
             assert float(metrics[name]) == pytest.approx(float(expected_metrics[name]), rel=1e-5)
         assert relative_error(moments(state), moments(expected)) < 1e-5
         assert relative_error(state.params, expected.params) < 1e-5
-        assert relative_error(state.ema, expected.ema) < 1e-5
 
 
 def moments(state):
@@ -102,15 +110,15 @@ def moments(state):
 
 
 def test_gradients_are_not_all_zero(single):
-    """What the comparison above rests on: after two steps every leaf has a gradient."""
-    sizes = [float(np.abs(leaf).max()) for leaf in jax.tree.leaves(moments(single.steps[1][0]))]
+    """What the comparison above rests on: every leaf has a gradient."""
+    sizes = [float(np.abs(leaf).max()) for leaf in jax.tree.leaves(moments(single.steps[0][0]))]
     assert min(sizes) > 0
 
 
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_every_leaf_keeps_its_declared_sharding(start, axes):
     run = start(axes)
-    state, metrics = run.compiled(fresh_state(run), run.batches[0])
+    state, metrics = run.compiled(run.fresh(), run.batches[0])
 
     def check(leaf, declared):
         assert leaf.sharding.is_equivalent_to(declared, leaf.ndim)
@@ -122,8 +130,7 @@ def test_every_leaf_keeps_its_declared_sharding(start, axes):
     ways = axes.get("fsdp", 1) * axes.get("tensor", 1)
     # Biases, gains and the few kernels with one axis on the mesh are not split all ways.
     assert weights / on_one > 0.6 * ways
-    for tree in (moments(state), state.ema):
-        jax.tree.map(lambda leaf, like: check(leaf, like.sharding), tree, state.params)
+    jax.tree.map(lambda leaf, like: check(leaf, like.sharding), moments(state), state.params)
 
 
 @pytest.mark.parametrize("axes", MESHES, ids=str)
@@ -141,7 +148,7 @@ def test_constraints_reach_the_compiler(start, single):
     assert run.lowered.count("sharding_constraint") >= 5
     task, config = run.task, loop.LoopConfig()
     step = jax.jit(make_train_step(task.loss, config.optimizer))
-    state = fresh_state(run).replace(ema=None)
+    state = run.setup.abstract
     with jax.set_mesh(run.setup.mesh):
         without = step.lower(state, run.batches[0]).as_text()
     assert without.count("sharding_constraint") == 0
@@ -157,7 +164,7 @@ def test_the_whole_state_is_donated(start, axes):
     sizes = dict(re.findall(r"(\w+) ([\d.]+) MiB", report))
     assert set(sizes) == {"arguments", "outputs", "donated", "temporaries"}
     assert float(sizes["donated"]) == pytest.approx(needed / 2**20, abs=0.051)
-    state = fresh_state(run)
+    state = run.fresh()
     run.compiled(state, run.batches[0])
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
@@ -165,9 +172,9 @@ def test_the_whole_state_is_donated(start, axes):
 def test_a_state_that_is_not_donated_is_noticed(start, caplog):
     run = start({"data": 1})
     kept = jax.jit(lambda state, batch: (state, {}))
-    setup = loop.Setup(run.setup.mesh, run.setup.abstract, None, run.setup.init, kept)
+    setup = dataclasses.replace(run.setup, step=kept)
     with caplog.at_level(logging.WARNING), jax.set_mesh(setup.mesh):
-        loop._compile(setup, fresh_state(run), run.batches[0])
+        loop._compile(setup, run.fresh(), run.batches[0])
     (record,) = caplog.records
     needed = loop.bytes_per_device(run.setup.abstract)
     assert record.getMessage() == f"only 0 of {needed} bytes of the state are donated"
@@ -176,7 +183,7 @@ def test_a_state_that_is_not_donated_is_noticed(start, caplog):
 def test_saved_on_one_mesh_continues_on_another(start, single, tmp_path, relative_error):
     """The next loss is that of the run that was not moved."""
     first, second = start(MESHES[3]), start(MESHES[1])
-    state, _ = first.compiled(fresh_state(first), first.batches[0])
+    state, _ = first.compiled(first.fresh(), first.batches[0])
     store = CheckpointStore(tmp_path)
     iterator = iter(first.task.dataset(0, 1))
     next(iterator)
@@ -191,11 +198,11 @@ def test_saved_on_one_mesh_continues_on_another(start, single, tmp_path, relativ
     )
     store.close()
     with jax.set_mesh(second.setup.mesh):
-        local = next(iterator)
-        batch = second.task.prepare(loop.to_device(second.setup.mesh, local))
+        local = with_latents(next(iterator))
         iterator.close()
+        batch = loop.to_device(second.setup.mesh, local)
         after, metrics = second.compiled(restored.state, batch)
-    np.testing.assert_array_equal(local["token_ids"], single.run.batches[1]["token_ids"])
+    jax.tree.map(np.testing.assert_array_equal, local, single.run.local[1])
     expected, expected_metrics = single.steps[1]
     assert float(metrics["loss"]) == pytest.approx(float(expected_metrics["loss"]), rel=1e-5)
     assert relative_error(jax.device_get(after.params), expected.params) < 1e-5
@@ -206,12 +213,3 @@ def test_rows_that_do_not_divide_are_refused(start):
     local = {"token_ids": np.zeros((6, 4), np.int32)}
     with pytest.raises(ValueError, match=r"batch of 6 rows .*'fsdp': 8.* multiple of .* = 8"):
         loop.to_device(setup.mesh, local)
-
-
-def test_init_unboxes(start):
-    state = start({"data": 1}).state
-    assert not any(
-        isinstance(leaf, nn.Partitioned)
-        for leaf in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nn.Partitioned))
-    )
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 from contextlib import closing
 
 import jax
@@ -15,6 +16,9 @@ from nextstep_jax.models.config import VAEConfig
 from nextstep_jax.models.vae import VAE
 from nextstep_jax.training import tokenizer
 from nextstep_jax.training.tokenizer import TokenizerConfig, TokenizerTask
+
+# Convolutions take long to optimise, and each of these programs runs once.
+fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 CONFIG = TokenizerConfig(image_size=32, batch_size=4, num_threads=1)
 
@@ -81,11 +85,11 @@ def test_loss_is_its_parts(task, vae):
     pixels = np.stack([tokenizer.first_image(task._source[i], 32) for i in range(4)])
     key = jax.random.key(1)
     batch = {"images": jnp.asarray(pixels)}
-    loss, metrics = jax.jit(task.loss)(vae.params, batch, key)
+    loss, metrics = fast_jit(task.loss)(vae.params, batch, key)
     variables = {"params": vae.params}
     images = pixels / 127.5 - 1.0
 
-    @jax.jit
+    @fast_jit
     def reconstruct(images):
         latents = vae.module.apply(variables, images, method="encode")
         disturbed = tokenizer.disturb_latents(latents, key, 0.5)
@@ -104,7 +108,7 @@ def test_training_lowers_the_loss(task, vae):
     batch = {"images": jnp.stack([tokenizer.first_image(task._source[i], 32) for i in range(2)])}
     optimizer = optax.adam(1e-2)
 
-    @jax.jit
+    @fast_jit
     def run(params):
         def step(carry, i):
             params, opt_state = carry

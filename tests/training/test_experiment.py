@@ -1,0 +1,156 @@
+import importlib
+import json
+import pathlib
+
+import jax.numpy as jnp
+import pytest
+from ml_collections import ConfigDict
+
+from nextstep_jax.data.pipeline import DataConfig
+from nextstep_jax.data.shapes import ShapesSource
+from nextstep_jax.data.sources import ImageFolderSource
+from nextstep_jax.models.config import nextstep_config
+from nextstep_jax.training import experiment
+from nextstep_jax.training.loop import LoopConfig
+from nextstep_jax.training.optimizer import OptimizerConfig
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+
+
+def test_unknown_keys_are_errors():
+    with pytest.raises(ValueError, match=r"config.optimizer: unknown keys \['lr'\]; known are .*"):
+        experiment.build(OptimizerConfig, {"lr": 1.0, "beta1": 0.5}, "optimizer")
+    assert experiment.build(OptimizerConfig, {"beta1": 0.5}, "optimizer").beta1 == 0.5
+
+
+def test_lists_become_tuples():
+    config = {"row_length": 8, "rows_per_batch": 1, "image_bases": [16, 32]}
+    assert experiment.build(DataConfig, config, "data").image_bases == (16, 32)
+
+
+def test_loop_and_optimizer(make_config):
+    config = make_config(loop={"mesh": {"fsdp": -1, "tensor": 2}, "num_steps": 77})
+    loop = experiment.build_loop(config)
+    assert loop.mesh == (("fsdp", -1), ("tensor", 2))
+    assert (loop.num_steps, loop.checkpoint_every, loop.keep_checkpoints) == (77, 4, 2)
+    assert loop.optimizer == OptimizerConfig(1e-3, warmup_steps=4, ema_decay=0.9, num_steps=77)
+    config["optimizer"]["num_steps"] = 1000  # the cosine may end elsewhere than the run
+    assert experiment.build_loop(config).optimizer.num_steps == 1000
+
+
+def test_mesh_of_a_config_dict(make_config):
+    config = ConfigDict(make_config(loop={"mesh": {"data": 2}}))
+    assert experiment.build_loop(config).mesh == (("data", 2),)
+
+
+@pytest.mark.parametrize(
+    "name", ["num_steps", "checkpoint_every", "keep_checkpoints", "log_every", "hook_every"]
+)
+def test_loop_ranges(name):
+    with pytest.raises(ValueError, match=f"{name}=-1 must be at least"):
+        LoopConfig(**{name: -1})
+
+
+def test_model_config_is_changed_in_part():
+    base = nextstep_config("tiny")
+    config = experiment.build_model_config(
+        {"size": "tiny", "decoder": {"num_layers": 7}, "base_image_grid_size": 8}
+    )
+    assert config.decoder.num_layers == 7
+    assert config.decoder.embed_dim == base.decoder.embed_dim
+    assert config.base_image_grid_size == 8
+    assert config.flow_head == base.flow_head
+    assert experiment.build_model_config({"size": "14b", "head": "l"}).flow_head.num_layers == 24
+    with pytest.raises(ValueError, match=r"config.decoder: unknown keys \['layers'\]"):
+        experiment.build_model_config({"size": "tiny", "decoder": {"layers": 7}})
+    with pytest.raises(ValueError, match=r"config.model: unknown keys \['depth'\]"):
+        experiment.build_model_config({"size": "tiny", "depth": 7})
+    with pytest.raises(ValueError, match="size='huge' is unknown"):
+        experiment.build_model_config({"size": "huge"})
+
+
+def test_sources(tmp_path):
+    values = {"type": "shapes", "kind": "text", "level": "easy", "weight": 2, "seed": 3}
+    config = {"image_size": 48, "sources": {"a": values, "b": {"type": "shapes", "kind": "pair"}}}
+    sources = experiment.build_sources(config)
+    assert sources["a"] == (ShapesSource("text", level="easy", seed=3, image_size=48), 2.0)
+    assert sources["b"] == (ShapesSource("pair", image_size=48), 1.0)
+    with pytest.raises(ValueError, match=r"'web' is unknown; choose from \['shapes', 'folder'\]"):
+        experiment.build_source({"type": "web"}, 32)
+    with pytest.raises(ValueError, match="is not a folder"):
+        experiment.build_source({"type": "folder", "root": str(tmp_path / "none")}, 32)
+    from PIL import Image
+
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a caption")
+    source = experiment.build_source({"type": "folder", "root": str(tmp_path)}, 32)
+    assert isinstance(source, ImageFolderSource)
+    assert len(source) == 1
+
+
+def test_text_tokenizer_is_trained_once(tmp_path):
+    """On the sources' text and size strings; afterwards the file is the truth."""
+    sources = {"text": (ShapesSource("text", level="easy", num_documents=50), 1.0)}
+    path = tmp_path / "tokenizer.json"
+    first = experiment.load_or_train_text_tokenizer(path, sources, 300)
+    again = experiment.load_or_train_text_tokenizer(path, sources, 300)
+    assert first.fingerprint == again.fingerprint
+    text = sources["text"][0][0].parts[0].text
+    assert first.decode(first.encode(text)) == text
+    assert len(first.encode(text)) < 0.8 * len(text)  # it has merged
+    first.save(path)
+    other = {"text": (ShapesSource("text", level="full", num_documents=50), 1.0)}
+    loaded = experiment.load_or_train_text_tokenizer(path, other, 400)
+    assert loaded.fingerprint == first.fingerprint
+
+
+def test_plain_is_json():
+    config = ConfigDict({"a": {"b": (1, 2.5), "c": None}, "d": [("x", 1)]})
+    plain = experiment.plain(config)
+    assert plain == {"a": {"b": [1, 2.5], "c": None}, "d": [["x", 1]]}
+    assert json.loads(json.dumps(plain)) == plain
+
+
+def test_task_has_the_config(make_task, make_config):
+    task, loop = make_task(loop={"num_steps": 3})
+    assert task.config == make_config(loop={"num_steps": 3})
+    assert loop.num_steps == 3
+    assert task._model.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "match"),
+    [
+        ("model", {"latent_channels": 8}, "latent_channels=8 does not match .* 16"),
+        ("model", {"downsampling": 16}, "downsampling=16 does not match .* 8"),
+        ("loss", {"weight": 1}, r"config.loss: unknown keys \['weight'\]"),
+        ("data", {"rows": 1}, r"config.data: unknown keys \['rows'\]"),
+        ("loop", {"steps": 1}, r"config.loop: unknown keys \['steps'\]"),
+    ],
+)
+def test_what_does_not_fit_is_refused(make_task, section, changes, match):
+    with pytest.raises(ValueError, match=match):
+        make_task(**{section: changes})
+
+
+def test_unknown_dtype(make_config, vae, tokenizer):
+    config = {**make_config(), "dtype": "float16"}
+    with pytest.raises(ValueError, match=r"dtype='float16'; choose from \['float32', 'bfloat16'\]"):
+        experiment.build_nextstep_task(config, vae.module, vae.params, tokenizer)
+
+
+@pytest.mark.parametrize("level", ["easy", "pairs", "full"])
+def test_shapes_configs_build(level, tokenizer):
+    """What the programs do with the files in configs/, up to the first batch."""
+    config = importlib.import_module("configs.shapes_tokenizer").get_config(level)
+    image_task, image_loop = experiment.build_tokenizer_task(config)
+    assert image_loop.num_steps == config.loop.num_steps
+    config = importlib.import_module("configs.shapes").get_config(level)
+    task, loop = experiment.build_nextstep_task(config, image_task.vae, None, tokenizer)
+    assert loop.optimizer.num_steps == loop.num_steps == config.loop.num_steps
+    iterator = iter(task.dataset(0, 1))
+    assert next(iterator)["token_ids"].shape == (
+        config.data.rows_per_batch,
+        config.data.row_length,
+    )
+    iterator.close()

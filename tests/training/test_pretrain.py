@@ -1,0 +1,269 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nextstep_jax.data import packing, pipeline
+from nextstep_jax.data.shapes import ShapesSource
+from nextstep_jax.models.nextstep import NextStep, init_params
+from nextstep_jax.models.vae import from_uint8
+from nextstep_jax.parallel.mesh import make_mesh
+from nextstep_jax.training import experiment, loop, losses, pretrain
+from nextstep_jax.training.pretrain import LossConfig, NextStepTask
+
+DRAWS, TOKEN = 2, 64
+fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@pytest.fixture(scope="module")
+def net(make_config, fill):
+    """The model, random parameters, and value and gradients of both losses, compiled."""
+    model = NextStep(experiment.build_model_config(make_config()["model"]))
+    boxed = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    params = fill(jax.tree.map(lambda x: x, nn_unbox(boxed)))
+
+    def totals(params, batch, times, noise):
+        """Losses times the weights they are means over: sums add up over documents."""
+        text, image = pretrain.nextstep_losses(model, params, batch, times, noise, 7)
+        sums = jnp.sum(batch["text_weights"][:, 1:]), jnp.sum(batch["image_weights"])
+        total = jnp.stack([text * sums[0], image * sums[1]])
+        return 0.3 * total[0] + total[1], (total, jnp.stack([text, image]))
+
+    grad = fast_jit(jax.value_and_grad(totals, has_aux=True))
+
+    def evaluate(batch, times, noise):
+        (_, (total, means)), grads = grad(params, batch, times, noise)
+        return np.asarray(total), np.asarray(means), jax.device_get(grads)
+
+    return model, evaluate
+
+
+def nn_unbox(tree):
+    from flax import linen as nn
+
+    return nn.unbox(tree)
+
+
+def documents(model):
+    """Three documents as rows of their own: image in the middle, text only, image first."""
+    rng = np.random.default_rng(3)
+    rows = []
+    for length, image in ((13, range(5, 9)), (6, range(0)), (9, range(3, 7))):
+        is_image = np.isin(np.arange(length), list(image))
+        text_weights = rng.uniform(0.2, 1, length) * ~is_image
+        text_weights[0] = 0  # nothing in the document precedes it
+        ids = rng.integers(6, 270, length)
+        rows.append(
+            {
+                "token_ids": np.where(is_image, model.config.image_placeholder_id, ids),
+                "latents": rng.standard_normal((length, TOKEN)) * is_image[:, None],
+                "text_weights": text_weights,
+                "image_weights": rng.uniform(0.2, 1, length) * is_image,
+                "times": rng.uniform(size=(length, DRAWS)),
+                "noise": rng.standard_normal((length, DRAWS, TOKEN)),
+                "positions": np.arange(length),
+            }
+        )
+    return rows
+
+
+def pack(rows, length, num_positions):
+    """Documents side by side in one row; times and noise go with their image tokens."""
+    packed = {name: np.concatenate([row[name] for row in rows], axis=0) for name in rows[0]}
+    packed["segment_ids"] = np.repeat(np.arange(len(rows)) + 1, [len(r["positions"]) for r in rows])
+    pad = length - len(packed["positions"])
+    packed = {k: np.pad(v, [(0, pad)] + [(0, 0)] * (v.ndim - 1)) for k, v in packed.items()}
+    order = np.flatnonzero(packed["image_weights"])
+    rest = np.flatnonzero(packed["image_weights"] == 0)
+    order = np.concatenate([order, rest])[:num_positions]
+    times, noise = packed.pop("times")[order], packed.pop("noise")[order]
+    batch = {
+        k: jnp.asarray(v[None], jnp.int32 if v.dtype.kind == "i" else jnp.float32)
+        for k, v in packed.items()
+    }
+    times = jnp.asarray(np.moveaxis(times, 1, 0)[:, None], jnp.float32)
+    return batch, times, jnp.asarray(np.moveaxis(noise, 1, 0)[:, None], jnp.float32)
+
+
+def test_packed_is_one_by_one(net, relative_error):
+    """Sums, means and gradients of a row of three documents are those of three rows."""
+    model, evaluate = net
+    rows = documents(model)
+    total, means, grads = evaluate(*pack(rows, 31, 10))
+    # Rows of the same length are one program; the padding has no weight.
+    alone = [evaluate(*pack([row], 31, 10)) for row in rows]
+    np.testing.assert_allclose(total, sum(a[0] for a in alone), rtol=1e-5)
+    expected = jax.tree.map(lambda *leaves: sum(leaves), *(a[2] for a in alone))
+    assert relative_error(grads, expected) < 1e-5
+    text = sum(row["text_weights"].sum() for row in rows)
+    image = sum(row["image_weights"].sum() for row in rows)
+    np.testing.assert_allclose(means, total / np.float32([text, image]), rtol=1e-5)
+    # A document without images has no flow loss, and takes nothing from the others.
+    assert alone[1][0][1] == 0
+    assert min(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(grads)) > 0
+
+
+def test_documents_do_not_see_each_other(net):
+    """Swapping a neighbour changes nothing, and swapping one's own text does."""
+    model, evaluate = net
+    rows = documents(model)
+
+    def changed(index):
+        row = dict(rows[index])
+        row["token_ids"] = np.where(row["image_weights"] > 0, row["token_ids"], 100)
+        return [row if i == index else r for i, r in enumerate(rows)]
+
+    weights = [np.zeros(len(r["positions"])) for r in rows]
+    only_last = [{**r, "text_weights": w, "image_weights": w} for r, w in zip(rows, weights)][:2]
+    base = evaluate(*pack([*only_last, rows[2]], 31, 10))[0]
+    other = changed(0)
+    silent = {**other[0], "text_weights": weights[0], "image_weights": weights[0]}
+    assert np.array_equal(evaluate(*pack([silent, only_last[1], rows[2]], 31, 10))[0], base)
+    own = evaluate(*pack([*only_last, changed(2)[2]], 31, 10))[0]
+    assert (np.abs(own / base - 1) > 1e-3).all()
+
+
+def test_gathering_positions_changes_nothing(net, relative_error):
+    """8 image tokens in a row of 31: gathering 8, 10 or the whole row is the same."""
+    model, evaluate = net
+    rows = documents(model)
+    total, means, grads = evaluate(*pack(rows, 31, 10))
+    for num_positions in (8, 31):
+        others = evaluate(*pack(rows, 31, num_positions))
+        np.testing.assert_allclose(others[0], total, rtol=1e-6)
+        np.testing.assert_allclose(others[1], means, rtol=1e-6)
+        assert relative_error(others[2], grads) < 1e-5
+
+
+def test_one_position_too_few_loses_a_token(net):
+    """What the check of `NextStepTask` prevents."""
+    model, evaluate = net
+    rows = documents(model)
+    assert evaluate(*pack(rows, 31, 7))[0][1] < evaluate(*pack(rows, 31, 10))[0][1]
+
+
+def test_loss_weights(make_task, fill):
+    """0.01 and 1, and the times and noises that the key gives."""
+    task, _ = make_task()
+    model = task._model
+    boxed = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    params = fill(nn_unbox(boxed))
+    iterator = iter(task.dataset(0, 1))
+    batch = {k: jnp.asarray(v) for k, v in next(iterator).items() if k != "images"}
+    iterator.close()
+    latents = jax.random.normal(jax.random.key(5), (*batch["token_ids"].shape, TOKEN))
+    batch["latents"] = jnp.where(batch["image_index"][..., None] >= 0, latents, 0)
+    loss, metrics = fast_jit(task.loss)(params, batch, jax.random.key(6))
+    text, image = float(metrics["text_loss"]), float(metrics["image_loss"])
+    assert float(loss) == pytest.approx(0.01 * text + image, rel=1e-6)
+    # Close to chance for 272 ids; a random head misses x - noise, of variance 2, and adds its own.
+    assert text == pytest.approx(np.log(272), rel=0.25)
+    assert image > 1.5
+    padding = packing.padding_share({k: np.asarray(v) for k, v in batch.items()})
+    assert float(metrics["padding"]) == pytest.approx(padding, rel=1e-6)
+    assert LossConfig() == LossConfig(0.01, 1.0, 512, None)
+
+
+def test_encoded_images_stand_in_their_places(vae, make_config):
+    """Two sizes, of which the larger number is the smaller string; every token by its index."""
+    rng = np.random.default_rng(0)
+    sizes = {"32x112": (2, 14), "112x32": (1, 14), "32x32": (3, 4)}
+    images = {
+        name: rng.integers(0, 256, (2, slots, *map(int, name.split("x")), 3)).astype(np.uint8)
+        for name, (slots, _) in sizes.items()
+    }
+    # Ascending sizes as numbers: 32x32 (3 * 4), 32x112 (2 * 14), 112x32 (14).
+    index = np.stack([rng.permutation(54)[:20] for _ in range(2)]).astype(np.int32)
+    index[:, ::3] = -1
+    batch = {"images": jax.tree.map(jnp.asarray, images), "image_index": jnp.asarray(index)}
+    latents = np.asarray(
+        fast_jit(lambda p, b: pretrain.encode_images(vae.module, p, b, 2))(vae.params, batch)
+    )
+    encode = fast_jit(
+        lambda pixels: vae.module.apply(
+            {"params": vae.params}, from_uint8(pixels), 2, method="encode_tokens"
+        )
+    )
+    for row in range(2):
+        buffer = np.concatenate(
+            [
+                np.asarray(encode(images[name][row])).reshape(-1, TOKEN)
+                for name in ("32x32", "32x112", "112x32")
+            ]
+        )
+        assert buffer.shape == (54, TOKEN)
+        for column in range(20):
+            place = index[row, column]
+            expected = buffer[place] if place >= 0 else np.zeros(TOKEN)
+            np.testing.assert_allclose(latents[row, column], expected, atol=2e-5)
+
+
+def test_prepare_on_eight_devices(make_task, devices):
+    """The encoder's parameters come from one device; the latents are split like the batch."""
+    task, _ = make_task()
+    assert {d for x in jax.tree.leaves(task._vae_params) for d in x.devices()} == {devices[0]}
+    iterator = iter(task.dataset(0, 1))
+    local = next(iterator)
+    iterator.close()
+    results = []
+    for number in (8, 1):
+        mesh = make_mesh({"fsdp": number}, devices[:number])
+        with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
+            batch = task.prepare(loop.to_device(mesh, local))
+        assert set(batch) == {*local, "latents"} - {"images", "image_index"}
+        assert len(batch["latents"].sharding.device_set) == number
+        assert {s.data.shape[0] for s in batch["latents"].addressable_shards} == {8 // number}
+        results.append(np.asarray(batch["latents"]))
+    np.testing.assert_allclose(results[0], results[1], atol=2e-5)
+    is_image = local["image_index"] >= 0
+    assert (np.abs(results[0]).max(-1) > 0).tolist() == is_image.tolist()
+    assert task.prepare(batch) is batch  # latents from disk need no encoder
+
+
+@pytest.mark.parametrize(
+    ("data", "most"),
+    [
+        ({}, 16),  # 4 slots of 4 tokens
+        ({"max_images_per_row": None}, 96 // 8 * 4),  # 12 images of 4 tokens and 4 around them
+        ({"image_bases": [64], "max_images_per_row": None}, 96 // 20 * 16),
+        ({"image_bases": [32, 64], "max_images_per_row": 3}, 3 * 4 + 3 * 16),
+        ({"image_bases": [32, 64], "max_images_per_row": None}, 96),  # the length bounds it
+        ({"latents": True}, 96),
+    ],
+)
+def test_more_image_tokens_than_positions_are_refused(make_task, data, most):
+    """Positions that are not gathered would never be trained."""
+    for enough in (most, None):
+        make_task(data=data, loss={"image_positions": enough})
+    match = rf"loss.image_positions={most - 1}, .*data.row_length=96.*max_images_per_row.* {most} "
+    with pytest.raises(ValueError, match=match):
+        make_task(data=data, loss={"image_positions": most - 1})
+
+
+def test_no_row_exceeds_the_bound(tokenizer, make_config):
+    """On the densest rows that the packer makes of the built-in world."""
+    config = make_config(data={"max_images_per_row": None, "rows_per_batch": 2})
+    data = experiment.build(pipeline.DataConfig, config["data"], "data")
+    model = experiment.build_model_config(config["model"])
+    most = pretrain.most_image_tokens(pipeline.stage_configs(data, tokenizer, model)[1])
+    sources = {
+        kind: (ShapesSource(kind, level="easy", image_size=32), 1.0) for kind in ("pair", "edit")
+    }
+    iterator = iter(pipeline.make_pipeline(sources, tokenizer, model, data))
+    counts = [(next(iterator)["image_index"] >= 0).sum(1).max() for _ in range(20)]
+    iterator.close()
+    assert 4 < max(counts) <= most
+
+
+def test_samples_and_fingerprint(make_task):
+    task, _ = make_task()
+    other, _ = make_task(data={"num_threads": 0})
+    assert task.fingerprint == other.fingerprint  # speed alone
+    assert task.fingerprint != make_task(data={"seed": 1})[0].fingerprint
+    segments = np.asarray([[1, 1, 2, 3, 0], [1, 1, 1, 1, 1]])
+    assert task.num_samples({"segment_ids": segments}) == 4
+    assert isinstance(task, NextStepTask)
+    assert isinstance(task, loop.Task)
+    assert losses is not None
