@@ -18,6 +18,9 @@ from nextstep_jax.data.pipeline import check_fingerprint
 _STATE, _DATASET = "state", "dataset"
 # Orbax's note on a checkpoint as a whole; a folder without it was not finished.
 _METADATA_FILE = "_CHECKPOINT_METADATA"
+# Replicas of an array share the writing only where a share is worth it: each is a slice that has
+# to be compiled, which for a model of small arrays takes longer than all the writing. Ours.
+_LEAST_BYTES_OF_A_SHARE = 2**20
 # Long lists in an error message help nobody.
 _MAX_LISTED = 10
 
@@ -61,8 +64,11 @@ class CheckpointStore:
         """Opens or makes the folder; the newest `keep` checkpoints stay."""
         directory = pathlib.Path(directory).absolute()
         directory.mkdir(parents=True, exist_ok=True)
+        context = ocp.Context()
+        context.array.saving.min_slice_bytes_for_replica_parallel = _LEAST_BYTES_OF_A_SHARE
         self._checkpointer = ocp.training.Checkpointer(
             directory,
+            context=context,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )

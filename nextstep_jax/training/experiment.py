@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from nextstep_jax.data.pipeline import DataConfig
 from nextstep_jax.data.shapes import ShapesSource
@@ -29,11 +30,14 @@ from nextstep_jax.training.optimizer import OptimizerConfig
 from nextstep_jax.training.pretrain import LossConfig, NextStepTask
 from nextstep_jax.training.tokenizer import TokenizerConfig, TokenizerTask
 
+# A ConfigDict is read like a mapping but is none.
+Config = Mapping[str, Any] | ConfigDict
+
 # Documents of each source that the text tokenizer of a small model is trained on.
 _NUM_TOKENIZER_DOCUMENTS = 4000
 
 
-def build(cls: type, values: Mapping[str, Any], section: str) -> Any:
+def build(cls: type, values: Config, section: str) -> Any:
     """`cls(**values)`, lists as tuples.
 
     Raises:
@@ -46,7 +50,7 @@ def build(cls: type, values: Mapping[str, Any], section: str) -> Any:
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def build_loop(config: Mapping[str, Any]) -> LoopConfig:
+def build_loop(config: Config) -> LoopConfig:
     """The loop; `config.optimizer` and `config.loop`; the cosine ends with the run."""
     loop = dict(config["loop"])
     optimizer = {"num_steps": loop.get("num_steps", 1000), **config["optimizer"]}
@@ -55,7 +59,7 @@ def build_loop(config: Mapping[str, Any]) -> LoopConfig:
     return build(LoopConfig, loop, "loop")
 
 
-def build_model_config(values: Mapping[str, Any]) -> NextStepConfig:
+def build_model_config(values: Config) -> NextStepConfig:
     """A named size with some fields replaced; `decoder` and `flow_head` are replaced in part.
 
     Raises:
@@ -72,7 +76,7 @@ def build_model_config(values: Mapping[str, Any]) -> NextStepConfig:
     return build(NextStepConfig, {**fields, **values, **parts}, "model")
 
 
-def build_source(values: Mapping[str, Any], image_size: int) -> DocumentSource:
+def build_source(values: Config, image_size: int) -> DocumentSource:
     """A source of documents: type "shapes" (the built-in world) or "folder" (captioned images).
 
     Raises:
@@ -88,7 +92,7 @@ def build_source(values: Mapping[str, Any], image_size: int) -> DocumentSource:
     raise ValueError(f"source type {kind!r} is unknown; choose from ['shapes', 'folder']")
 
 
-def build_sources(config: Mapping[str, Any]) -> dict[str, tuple[DocumentSource, float]]:
+def build_sources(config: Config) -> dict[str, tuple[DocumentSource, float]]:
     """Name -> (source, weight) of `config.sources`."""
     size = config["image_size"]
     return {
@@ -115,7 +119,7 @@ def load_or_train_text_tokenizer(
     return train_bpe([*texts, *sizes], vocab_size)
 
 
-def build_tokenizer_task(config: Mapping[str, Any]) -> tuple[TokenizerTask, LoopConfig]:
+def build_tokenizer_task(config: Config) -> tuple[TokenizerTask, LoopConfig]:
     """The training of an image tokenizer, from sections vae, tokenizer, source, optimizer, loop."""
     vae = VAE(build(VAEConfig, config["vae"], "vae"), dtype=_dtype(config))
     train = build(TokenizerConfig, config["tokenizer"], "tokenizer")
@@ -124,7 +128,7 @@ def build_tokenizer_task(config: Mapping[str, Any]) -> tuple[TokenizerTask, Loop
 
 
 def build_nextstep_task(
-    config: Mapping[str, Any], vae: VAE, vae_params: Any, tokenizer: TextTokenizer
+    config: Config, vae: VAE, vae_params: Any, tokenizer: TextTokenizer
 ) -> tuple[NextStepTask, LoopConfig]:
     """The training of the unified model, from sections model, data, sources, loss, ..."""
     model_config = build_model_config(config["model"])
@@ -152,7 +156,7 @@ def plain(config: Any) -> Any:
     return config
 
 
-def _dtype(config: Mapping[str, Any]) -> Any:
+def _dtype(config: Config) -> Any:
     name = config.get("dtype", "float32")
     if name not in ("float32", "bfloat16"):
         raise ValueError(f"config.dtype={name!r}; choose from ['float32', 'bfloat16']")

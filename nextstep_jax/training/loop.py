@@ -131,7 +131,7 @@ def set_up(task: Task, config: LoopConfig, devices: Sequence | None = None) -> S
         boxed = jax.eval_shape(make_state, jax.random.key(config.seed))
         shardings = sharding.tree_shardings(boxed, mesh)
         abstract = sharding.abstract_with_shardings(boxed, shardings)
-    # Initialisers are much code for a CPU's compiler and run once: same numbers, a third of the time.
+    # Initialisers are much code for a CPU's compiler and run once: same numbers, less time.
     quick = {"xla_backend_optimization_level": 0}
     options = quick if mesh.devices.flat[0].platform == "cpu" else None
     init = jax.jit(

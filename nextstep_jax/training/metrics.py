@@ -7,6 +7,7 @@ next step is already running.
 import json
 import math
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -68,7 +69,8 @@ class MetricsWriter:
             unit="step",
             dynamic_ncols=True,
             smoothing=0.05,
-            mininterval=1.0,
+            # A log file wants a line now and then, a terminal one that moves.
+            mininterval=1.0 if sys.stderr.isatty() else 30.0,
         )
 
     def write(self, step: int, values: dict[str, float]) -> None:

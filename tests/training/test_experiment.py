@@ -5,6 +5,7 @@ import pathlib
 import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 from nextstep_jax.data.pipeline import DataConfig
 from nextstep_jax.data.shapes import ShapesSource
@@ -79,8 +80,6 @@ def test_sources(tmp_path):
         experiment.build_source({"type": "web"}, 32)
     with pytest.raises(ValueError, match="is not a folder"):
         experiment.build_source({"type": "folder", "root": str(tmp_path / "none")}, 32)
-    from PIL import Image
-
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a caption")
     source = experiment.build_source({"type": "folder", "root": str(tmp_path)}, 32)

@@ -69,6 +69,9 @@ def wait_for_lines(process, workdir, num_lines):
 def finish(process, code=0):
     output = process.communicate(timeout=180)[0]
     assert process.returncode == code, output
+    # Nor the complaints of a data iterator that nobody closed.
+    assert "Exception ignored" not in output, output
+    assert "Traceback" not in output, output
     return output
 
 
