@@ -7,16 +7,21 @@ example --config.model.size=tiny --config.image_size=64 --config.data.row_length
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import FieldReference
+
+from nextstep_jax.training.experiment import (
+    data_defaults,
+    defaults,
+    loop_defaults,
+    optimizer_defaults,
+)
+from nextstep_jax.training.pretrain import LossConfig
 
 
 def get_config(folder: str = "photos") -> ConfigDict:
     """The experiment."""
-    image_size = FieldReference(256)
-    row_length = FieldReference(4096)
     return ConfigDict(
         {
-            "image_size": image_size,
+            "image_size": 256,
             # The text tokenizer is trained on the captions; its special tokens come first.
             "model": {
                 "size": "tiny",
@@ -32,28 +37,32 @@ def get_config(folder: str = "photos") -> ConfigDict:
                 "flow_head": {"width": 1024, "num_layers": 6},
             },
             "sources": {"photos": {"type": "folder", "root": folder, "weight": 1.0}},
-            "data": {
-                "row_length": row_length,
-                "rows_per_batch": 4,
+            "data": data_defaults(
+                row_length=4096,
+                rows_per_batch=4,
                 # Every image goes to the nearest of 17 shapes unless square_only says otherwise.
-                "square_only": True,
-                "max_images_per_row": 16,
-                "num_threads": 2,
-            },
-            "loss": {"text_chunk": 512},
-            "optimizer": {
-                "learning_rate": 3e-4,
-                "schedule": "cosine",
-                "warmup_steps": 1000,
-                "ema_decay": 0.999,
-            },
-            "loop": {
-                "num_steps": 50_000,
-                "checkpoint_every": 1000,
-                "log_every": 20,
-                "hook_every": 2000,
-            },
+                square_only=True,
+                max_images_per_row=16,
+                num_threads=2,
+            ),
+            "loss": defaults(LossConfig),
+            "optimizer": optimizer_defaults(
+                learning_rate=3e-4,
+                schedule="cosine",
+                warmup_steps=1000,
+                ema_decay=0.999,
+            ),
+            "loop": loop_defaults(
+                num_steps=50_000,
+                checkpoint_every=1000,
+                log_every=20,
+                hook_every=2000,
+            ),
             "sampling": {"preset": "plain", "guidance_scale": 3.0},
+            # Captions drawn every `loop.hook_every` steps; none: the first of the folder.
+            "score": {"prompts": (), "guidance_scales": (3.0,)},
             "dtype": "float32",
+            "attention": "xla",
+            "remat": "none",
         }
     )

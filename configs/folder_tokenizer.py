@@ -9,6 +9,9 @@ paper's recipe at 256x256, meant for a GPU; on a CPU make it smaller, for exampl
 
 from ml_collections import ConfigDict
 
+from nextstep_jax.training.experiment import defaults, loop_defaults, optimizer_defaults
+from nextstep_jax.training.tokenizer import TokenizerConfig
+
 
 def get_config(folder: str = "photos") -> ConfigDict:
     """The experiment."""
@@ -20,22 +23,22 @@ def get_config(folder: str = "photos") -> ConfigDict:
                 "num_res_blocks": 2,
                 "num_groups": 32,
             },
-            "tokenizer": {"image_size": 256, "batch_size": 32, "num_threads": 2},
+            "tokenizer": defaults(TokenizerConfig, image_size=256, batch_size=32),
             "source": {"type": "folder", "root": folder},
             # The paper fine-tunes Flux's weights at 1e-5; from scratch a higher rate is ours.
-            "optimizer": {
-                "learning_rate": 1e-4,
-                "schedule": "constant",
-                "warmup_steps": 1000,
-                "weight_decay": 0.0,
-                "ema_decay": 0.999,
-            },
-            "loop": {
-                "num_steps": 50_000,
-                "checkpoint_every": 1000,
-                "log_every": 20,
-                "hook_every": 1000,
-            },
+            "optimizer": optimizer_defaults(
+                learning_rate=1e-4,
+                schedule="constant",
+                warmup_steps=1000,
+                weight_decay=0.0,
+                ema_decay=0.999,
+            ),
+            "loop": loop_defaults(
+                num_steps=50_000,
+                checkpoint_every=1000,
+                log_every=20,
+                hook_every=1000,
+            ),
             "dtype": "float32",
         }
     )

@@ -8,20 +8,20 @@ kinds of documents); and, after a dash, the side of the images if not the defaul
 
 from ml_collections import ConfigDict
 
+from nextstep_jax.data.shapes import level_and_size
+from nextstep_jax.training.experiment import (
+    data_defaults,
+    defaults,
+    loop_defaults,
+    optimizer_defaults,
+)
+from nextstep_jax.training.pretrain import LossConfig
+
 # Paper, Table 1, with fewer texts and more pairs; ours.
 _MIXTURE = {"text": 0.1, "pair": 0.7, "edit": 0.1, "interleaved": 0.1}
-_IMAGE_SIZES = {"easy": 32, "pairs": 64, "full": 64}
 _PIXELS_PER_TOKEN = 16
 # Text around an image, at the least; a row holds no more images than this lets in.
 _TEXT_PER_IMAGE = 12
-
-
-def level_and_size(argument: str) -> tuple[str, int]:
-    """("full", 32) of "full-32", ("easy", 32) of "easy"."""
-    level, _, size = argument.partition("-")
-    if level not in _IMAGE_SIZES:
-        raise ValueError(f"config argument: level {level!r}, choose from {list(_IMAGE_SIZES)}")
-    return level, int(size or _IMAGE_SIZES[level])
 
 
 def get_config(argument: str = "easy") -> ConfigDict:
@@ -39,30 +39,28 @@ def get_config(argument: str = "easy") -> ConfigDict:
                 kind: {"type": "shapes", "kind": kind, "level": level, "weight": weight}
                 for kind, weight in mixture.items()
             },
-            "data": {
-                "row_length": row_length,
-                "rows_per_batch": 2,
-                "square_only": True,
-                "max_images_per_row": max_images,
-                "num_threads": 1,
-            },
-            "loss": {"image_positions": max_images * num_tokens, "text_chunk": row_length},
-            "optimizer": {
-                "learning_rate": 2e-3,
-                "schedule": "cosine",
-                "warmup_steps": 200,
-                "ema_decay": 0.998,
-            },
-            "loop": {
-                "num_steps": 6000,
-                "checkpoint_every": 1000,
-                "log_every": 20,
-                "hook_every": 1000,
-            },
+            "data": data_defaults(
+                row_length=row_length,
+                rows_per_batch=2,
+                square_only=True,
+                max_images_per_row=max_images,
+                num_threads=1,
+            ),
+            "loss": defaults(
+                LossConfig, image_positions=max_images * num_tokens, text_chunk=row_length
+            ),
+            "optimizer": optimizer_defaults(
+                learning_rate=2e-3, schedule="cosine", warmup_steps=200, ema_decay=0.998
+            ),
+            "loop": loop_defaults(
+                num_steps=6000, checkpoint_every=1000, log_every=20, hook_every=1000
+            ),
             # What the pipeline samples with by default.
             "sampling": {"preset": "plain", "guidance_scale": 2.0},
             # Held-out captions drawn and read back every `loop.hook_every` steps.
             "score": {"level": level, "num_scored": 120, "guidance_scales": (1.0, 2.0)},
             "dtype": "float32",
+            "attention": "xla",
+            "remat": "none",
         }
     )

@@ -179,12 +179,13 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     measured = sampling_speed.measure(model, params, setting, args.repeats)
     summary = sampling_speed.summarise(measured["times_s"], args.batch, args.tokens)
 
-    steps = len(SOLVERS[args.solver].times(args.steps, sampler.shift))
+    # A second-order step asks for the velocity at its start and at its predicted end.
+    evaluations = args.steps * (2 if SOLVERS[args.solver].second_order else 1)
     # On average half of the image is in the cache.
     context = args.prompt_length + args.tokens / 2
     itemsize = model.dtype.itemsize
     needed = roofline.token_bytes(
-        config, rows=setting.rows, context=context, steps=steps, itemsize=itemsize
+        config, rows=setting.rows, context=context, steps=evaluations, itemsize=itemsize
     )
     bandwidth, source = _bandwidth(args.bandwidth_gbs)
     needed_bytes = {"whole": needed.total, "decoder": needed.decoder, "head": needed.head}

@@ -10,12 +10,14 @@ back. Started again with the same workdir, it goes on where it stopped.
 
 import importlib.util
 import json
+import os
 import pathlib
+import sys
 import time
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from nextstep_jax import runs
 from nextstep_jax.data.shapes import heldout_prompts
@@ -24,10 +26,12 @@ from nextstep_jax.evaluation.pictures import captioned_grid
 from nextstep_jax.evaluation.shapes_checker import check_claim
 from nextstep_jax.sampling.pipeline import NextStepPipeline
 from nextstep_jax.training import experiment
-from nextstep_jax.training.logs import set_up_logging
+from nextstep_jax.training.logs import run_program
 
 _MINUTES = flags.DEFINE_float("minutes", 9.0, "Minutes of training, both trainings together.")
-_WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where everything goes.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where everything goes (default: runs/quickstart, or runs/smoke)."
+)
 _SMOKE = flags.DEFINE_bool("smoke", False, "Show only that every part works, in about a minute.")
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -46,9 +50,25 @@ def load_config(name: str):
     return module.get_config(_LEVEL)
 
 
+def open_plan(path: pathlib.Path) -> dict:
+    """The plan of a run that is continued, or a new one.
+
+    Raises:
+        ValueError: The run was begun with other flags.
+    """
+    flags_now = {"minutes": _MINUTES.value, "smoke": _SMOKE.value}
+    plan = json.loads(path.read_text()) if path.exists() else flags_now
+    differing = {name: plan[name] for name in flags_now if plan[name] != flags_now[name]}
+    if differing:
+        raise ValueError(
+            f"{path.parent} was begun with {differing}; give the same flags, or another --workdir"
+        )
+    return plan
+
+
 def plan_steps(path: pathlib.Path, name: str, measure, seconds: float) -> int:
     """Steps that fit into the seconds; written down, so that a second start keeps them."""
-    plan = json.loads(path.read_text()) if path.exists() else {}
+    plan = open_plan(path)
     if name not in plan:
         per_step = 0.0 if _SMOKE.value else measure()
         plan[name] = _SMOKE_STEPS if _SMOKE.value else max(100, int(seconds / per_step))
@@ -82,17 +102,25 @@ def train(workdir: pathlib.Path, seconds: float) -> None:
     runs.train_tokenizer(with_steps(config, steps), workdir / "tokenizer")
 
     config = load_config("shapes")
+    # A row for each device at the least.
+    config.data.rows_per_batch = max(config.data.rows_per_batch, jax.device_count())
     if _SMOKE.value:
         config.score.num_scored = _NUM_PICTURES
     model_dir, tokenizer_dir = workdir / "model", workdir / "tokenizer"
     steps = plan_steps(
         plan,
         "model",
-        lambda: runs.seconds_per_step(*runs.prepare_model(config, model_dir, tokenizer_dir)[:2]),
+        lambda: measure_model(config, model_dir, tokenizer_dir),
         seconds * (1 - _TOKENIZER_SHARE),
     )
     headline("2/4 model", "learns to write captions and image tokens as one sequence")
     runs.train_model(with_steps(config, steps), model_dir, tokenizer_dir)
+
+
+def measure_model(config, model_dir: pathlib.Path, tokenizer_dir: pathlib.Path) -> float:
+    """Seconds of a step of the model's training on this machine."""
+    run = runs.prepare_model(config, model_dir, tokenizer_dir)
+    return runs.seconds_per_step(run.task, run.loop_config)
 
 
 def sample_and_score(workdir: pathlib.Path) -> None:
@@ -121,27 +149,27 @@ def headline(title: str, text: str) -> None:
 
 def main(argv: list[str]) -> None:
     """Runs the four stages and says where everything is."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    del argv
     if not _MINUTES.value > 0:
-        raise app.UsageError(f"--minutes={_MINUTES.value} must be positive")
+        raise ValueError(f"--minutes={_MINUTES.value} must be positive")
     began = time.monotonic()
-    set_up_logging()
     runs.use_compilation_cache(_ROOT / ".cache" / "jax")
-    workdir = pathlib.Path(_WORKDIR.value)
+    workdir = pathlib.Path(_WORKDIR.value or f"runs/{'smoke' if _SMOKE.value else 'quickstart'}")
+    open_plan(workdir / "plan.json")
     print(f"nextstep_jax quickstart on {jax.devices()[0].device_kind}, jax {jax.__version__}")
     train(workdir, 60 * _MINUTES.value)
     sample_and_score(workdir)
+    python = os.path.relpath(sys.executable)
     print(
         f"""
 Done in {(time.monotonic() - began) / 60:.1f} minutes.
   picture      {workdir / "samples.png"} (green: the checker finds what the caption says)
   score        {workdir / "score.json"}
-  curves       tensorboard --logdir {workdir}
-  draw more    python launch/sample.py --checkpoint={workdir / "model"} --prompt="a red circle"
-  train on     ./launch/quickstart.sh --minutes=60 --workdir=runs/longer"""
+  curves       {workdir}/*/metrics.jsonl, and for TensorBoard {workdir}/*/tensorboard
+  draw more    {python} launch/sample.py --checkpoint={workdir / "model"} --prompt="a red circle"
+  longer       ./launch/quickstart.sh --minutes=60 --workdir=runs/longer"""
     )
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_program(main)

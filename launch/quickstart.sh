@@ -7,8 +7,9 @@ usage() {
   cat <<'TEXT'
 Usage: ./launch/quickstart.sh [--minutes=N] [--workdir=DIR] [--smoke]
 
-  --minutes=N     time to train, in minutes (default: chosen by the program)
-  --workdir=DIR   where checkpoints, metrics and pictures go (default: runs/quickstart)
+  --minutes=N     minutes of training (default: 9); measuring, compiling, sampling and scoring
+                  come on top, two to three minutes on two cores
+  --workdir=DIR   where checkpoints, metrics and pictures go (default: runs/quickstart, or runs/smoke)
   --smoke         a run of about a minute that shows only that every part works
   --help          this text
 

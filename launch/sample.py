@@ -41,11 +41,15 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts of the command line, then those of the file: one a line, blank lines skipped.
 
     Raises:
-        ValueError: There are none.
+        ValueError: There are none, or the file is not UTF-8.
     """
     prompts = list(args.prompt)
     if args.prompts_file:
-        lines = pathlib.Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
+        try:
+            # Some editors begin a file with a byte order mark, which is no part of a prompt.
+            lines = pathlib.Path(args.prompts_file).read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"prompts file {args.prompts_file} is not UTF-8: {error}") from error
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError("no prompts; give --prompt or --prompts_file")
@@ -62,6 +66,18 @@ def read_image(path: str) -> np.ndarray:
         return decode(pathlib.Path(path).read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def check_folder(path: str) -> None:
+    """Refuses a place where no folder can be made.
+
+    Raises:
+        ValueError: There is a file, or one on the way to it.
+    """
+    folder = pathlib.Path(path)
+    nearest = next((one for one in (folder, *folder.parents) if one.exists()), None)
+    if nearest is not None and not nearest.is_dir():
+        raise ValueError(f"out={path}: {nearest} is a file, not a folder")
 
 
 def load(args: argparse.Namespace) -> NextStepPipeline:
@@ -158,13 +174,15 @@ def main(args: argparse.Namespace) -> None:
     """Samples and writes; bad input ends the program with one line."""
     set_up_logging()
     try:
-        # Before the model: a slip in the prompts shall not cost the time to load it.
+        # Before the model: a slip in the flags shall not cost the time to load it.
         read_prompts(args)
+        check_folder(args.out)
         pipe = load(args)
         output = sample(pipe, args)
         origin = {
             "checkpoint": args.checkpoint,
             "step": pipe.step,
+            "dtype": jnp.dtype(pipe.model.dtype).name,
             "input_images": args.image,
             "version": nextstep_jax.__version__,
         }

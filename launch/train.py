@@ -10,26 +10,27 @@ it stopped. The workdir is a model directory: sample from it with launch/sample.
 
 import pathlib
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from nextstep_jax import runs
-from nextstep_jax.training.logs import set_up_logging
+from nextstep_jax.training.logs import run_program
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and pictures go.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Workdir of the image tokenizer.")
 
+# In the checkout, shared with the quickstart.
+_CACHE = pathlib.Path(__file__).resolve().parent.parent / ".cache" / "jax"
+
 
 def main(argv: list[str]) -> None:
-    """Reads the flags and trains."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    set_up_logging()
-    runs.use_compilation_cache(pathlib.Path(".cache/jax").absolute())
+    """Trains what the flags say."""
+    del argv
+    runs.use_compilation_cache(_CACHE)
     runs.train_model(_CONFIG.value, pathlib.Path(_WORKDIR.value), pathlib.Path(_TOKENIZER.value))
 
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir", "tokenizer"])
-    app.run(main)
+    run_program(main)

@@ -3,17 +3,21 @@
 On top of all rooms: here training meets the sample grids and scores that it must not know.
 """
 
+import dataclasses
 import functools
+import itertools
 import os
 import pathlib
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
 
-from nextstep_jax.data.text_tokenizer import TextTokenizer
+from nextstep_jax.data.schema import Text
+from nextstep_jax.data.sources import DocumentSource
 from nextstep_jax.evaluation.hooks import ReconstructionHook, SampleHook
 from nextstep_jax.interop.model_directory import (
     read_vae,
@@ -23,18 +27,20 @@ from nextstep_jax.interop.model_directory import (
 from nextstep_jax.models.nextstep import NextStep
 from nextstep_jax.models.vae import VAE
 from nextstep_jax.sampling.pipeline import NextStepPipeline
-from nextstep_jax.sampling.presets import get_preset
+from nextstep_jax.sampling.presets import preset_from_settings
 from nextstep_jax.training import experiment, loop
 from nextstep_jax.training.tokenizer import first_image
 
 _NUM_RECONSTRUCTIONS = 16
+_NUM_CAPTIONS = 8
 _CACHE_BYTES = 2 * 2**30
 
 
 def use_compilation_cache(directory: pathlib.Path) -> None:
-    """Keeps compiled programs in a folder, unless the environment names another one."""
-    directory = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(directory))
-    jax.config.update("jax_compilation_cache_dir", directory)
+    """Keeps compiled programs in a folder; a cache that the environment names is left alone."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(directory))
     # A bound keeps the folder small and puts a lock on it; all users of a folder need the same.
     jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
 
@@ -43,30 +49,50 @@ def train_tokenizer(config: Any, workdir: pathlib.Path) -> None:
     """Trains the image tokenizer of a config, or continues it."""
     config = experiment.plain(config)
     task, loop_config = experiment.build_tokenizer_task(config)
-    write_vae_config(workdir, task.vae.config)
     pixels = _held_out_pixels(config, task.train.image_size)
-    loop.run(task, loop_config, workdir, [ReconstructionHook(workdir, task.vae, pixels)])
+    hooks = _on_one_process([ReconstructionHook(workdir, task.vae, pixels)])
+    write = functools.partial(write_vae_config, workdir, task.vae.config)
+    loop.run(task, loop_config, workdir, hooks, write)
 
 
 def train_model(config: Any, workdir: pathlib.Path, tokenizer_dir: pathlib.Path) -> None:
     """Trains the model of a config, or continues it; the workdir is a model directory."""
     config = experiment.plain(config)
-    task, loop_config, write, make_pipeline = prepare_model(config, workdir, tokenizer_dir)
-    write()
-    hooks = []
-    if "score" in config:
-        hooks.append(SampleHook(workdir, make_pipeline, **config["score"]))
-    loop.run(task, loop_config, workdir, hooks)
+    run = prepare_model(config, workdir, tokenizer_dir)
+    section = dict(config.get("score", {}))
+    if "level" not in section and not section.get("prompts"):
+        section["prompts"] = _captions(experiment.build_sources(config))
+    hooks = _on_one_process([SampleHook(workdir, run.make_pipeline, **section)])
+    loop.run(run.task, run.loop_config, workdir, hooks, run.write)
 
 
-def prepare_model(config: Any, workdir: pathlib.Path, tokenizer_dir: pathlib.Path) -> tuple:
-    """The task and the loop of a model's training, and what goes with them.
+@dataclasses.dataclass(frozen=True)
+class ModelRun:
+    """A model's training, prepared.
 
-    Returns:
-        Task, loop config, a function that writes the model directory around the checkpoints, and
-        a function from parameters to a pipeline.
+    Attributes:
+        task: What is trained.
+        loop_config: How long, how often, on what.
+        write: Writes the model directory around the checkpoints.
+        make_pipeline: Parameters -> a pipeline that samples as the config says.
+    """
+
+    task: loop.Task
+    loop_config: loop.LoopConfig
+    write: Callable[[], None]
+    make_pipeline: Callable[[Any], NextStepPipeline]
+
+
+def prepare_model(config: Any, workdir: pathlib.Path, tokenizer_dir: pathlib.Path) -> ModelRun:
+    """Everything about a model's training that is not its loop.
+
+    Raises:
+        ValueError: Something in the config is unknown or does not fit the image tokenizer.
+        FileNotFoundError: `tokenizer_dir` holds no image tokenizer.
     """
     config = experiment.plain(config)
+    size = (config["image_size"], config["image_size"])
+    preset = preset_from_settings(config["sampling"])
     vae_config, vae_params = read_vae(tokenizer_dir)
     vae = VAE(vae_config)
     model_config = experiment.build_model_config(config["model"])
@@ -76,14 +102,16 @@ def prepare_model(config: Any, workdir: pathlib.Path, tokenizer_dir: pathlib.Pat
         model_config.decoder.vocab_size,
     )
     task, loop_config = experiment.build_nextstep_task(config, vae, vae_params, tokenizer)
-    size = (config["image_size"], config["image_size"])
     sampling = {**config["sampling"], "image_size": list(size)}
     write = functools.partial(
         write_model_directory, workdir, model_config, vae_config, vae_params, tokenizer, sampling
     )
-    model = NextStep(model_config)
-    make_pipeline = functools.partial(_pipeline, model, vae, vae_params, tokenizer, size)
-    return task, loop_config, write, make_pipeline
+
+    def make_pipeline(params: Any) -> NextStepPipeline:
+        args = (NextStep(model_config), nn.unbox(params), vae, vae_params, tokenizer)
+        return NextStepPipeline(*args, preset=preset, image_size=size)
+
+    return ModelRun(task, loop_config, write, make_pipeline)
 
 
 def seconds_per_step(task: loop.Task, config: loop.LoopConfig, num_steps: int = 20) -> float:
@@ -102,23 +130,16 @@ def seconds_per_step(task: loop.Task, config: loop.LoopConfig, num_steps: int = 
     return float(np.median(seconds[num_steps // 4 :]))
 
 
-def _pipeline(
-    model: NextStep,
-    vae: VAE,
-    vae_params: Any,
-    tokenizer: TextTokenizer,
-    image_size: tuple[int, int],
-    params: Any,
-) -> NextStepPipeline:
-    return NextStepPipeline(
-        model,
-        nn.unbox(params),
-        vae,
-        vae_params,
-        tokenizer,
-        preset=get_preset("plain"),
-        image_size=image_size,
-    )
+def _on_one_process(hooks: list[loop.Hook]) -> list[loop.Hook]:
+    """Hooks read whole arrays, which one process of several cannot."""
+    return hooks if jax.process_count() == 1 else []
+
+
+def _captions(sources: Mapping[str, tuple[DocumentSource, float]]) -> list[str]:
+    """The first captions of the sources, for sample grids of data without held-out prompts."""
+    documents = (source[i] for source, _ in sources.values() for i in range(len(source)))
+    texts = (part.text for one in documents for part in one.parts if isinstance(part, Text))
+    return list(itertools.islice(texts, _NUM_CAPTIONS))
 
 
 def _held_out_pixels(config: Any, image_size: int) -> np.ndarray:

@@ -32,6 +32,9 @@ def _prepare_environment() -> None:
     flags = env.get("XLA_FLAGS", "").split()
     if not any(flag.startswith("--xla_force_host_platform_device_count") for flag in flags):
         flags.append(f"--xla_force_host_platform_device_count={NUM_DEVICES}")
+    if not _has_gpu() and not any("xla_backend_optimization_level" in flag for flag in flags):
+        # Most of a test's time is compiling; unoptimised machine code computes the same.
+        flags.append("--xla_backend_optimization_level=0")
     env["XLA_FLAGS"] = " ".join(flags)
     # CPU first: `jax.devices()` are the fake ones everywhere, and a GPU test asks by name.
     env.setdefault("JAX_PLATFORMS", "cpu,cuda" if _has_gpu() else "cpu")

@@ -218,8 +218,22 @@ def pipeline_fingerprint(
         "tokenizer": tokenizer.fingerprint,
         "process_count": process_count,
         # In order, as the mixture's order of turns depends on it.
-        "sources": [[name, len(source), weight] for name, (source, weight) in sources.items()],
+        "sources": [
+            [name, source_fingerprint(source), len(source), weight]
+            for name, (source, weight) in sources.items()
+        ],
     }
+
+
+def source_fingerprint(source: DocumentSource) -> str:
+    """What a source says it is, the same in every process.
+
+    A dataclass is its fields; another object may have an attribute `fingerprint`. The repr of a
+    plain object is no use: it holds its address.
+    """
+    if dataclasses.is_dataclass(source):
+        return repr(source)
+    return f"{type(source).__name__} {getattr(source, 'fingerprint', '')}".strip()
 
 
 def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

@@ -211,6 +211,23 @@ def make_scene(seed: int, index: int, level: Level, split: Split) -> Scene:
     return _draw_scene(rng, level, split, choice(rng, level.categories))
 
 
+# Sides of the pictures in the experiments, if they name none: one object needs no more.
+_IMAGE_SIZES = {"easy": 32, "pairs": 64, "full": 64}
+
+
+def level_and_size(argument: str) -> tuple[str, int]:
+    """The level and the side of the pictures of "full-32"; the side may be left out.
+
+    Raises:
+        ValueError: An unknown level, or a side that is no number.
+    """
+    name, _, size = argument.partition("-")
+    get_level(name)
+    if size and not size.isdigit():
+        raise ValueError(f"image size {size!r} of {argument!r} is not a number of pixels")
+    return name, int(size or _IMAGE_SIZES[name])
+
+
 def heldout_prompts(level: Level | str, num: int, seed: int) -> list[Claim]:
     """Claims for an evaluation, from a stream of their own, evenly over the level's categories.
 

@@ -34,8 +34,10 @@ class DocumentSource(Protocol):
 class ImageFolderSource:
     """A folder of images with their captions in text files beside them: cat.jpg and cat.txt.
 
-    Sub-folders are searched too. Documents are in the order of their paths, so that the index of
-    a document does not depend on the file system. Files are read when a document is asked for.
+    Sub-folders are searched too; hidden files and folders (`.name`, among them the `._name` that
+    macOS leaves on foreign disks) are passed over. Documents are in the order of their paths, so
+    that the index of a document does not depend on the file system. Captions are read at once,
+    images when a document is asked for.
     """
 
     def __init__(
@@ -54,29 +56,57 @@ class ImageFolderSource:
             name: The `source` of the documents.
 
         Raises:
-            ValueError: If there is no such folder, no image in it, or an image without a caption.
+            ValueError: If there is no such folder, no image in it, an image without a caption, a
+                caption that is empty or not UTF-8, or `image_size` is below 1.
         """
         self._root = pathlib.Path(root)
         if not self._root.is_dir():
             raise ValueError(f"image folder {self._root} is not a folder")
         self._size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if self._size is not None and (len(self._size) != 2 or min(self._size) < 1):
+            raise ValueError(f"image_size={image_size} must be a side or a (height, width), from 1")
         self._name = name
-        self._paths = sorted(
-            path
-            for path in self._root.rglob("*")
-            if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-        )
+        files = sorted(path for path in self._root.rglob("*") if self._is_shown(path))
+        self._paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
         if not self._paths:
             suffixes = ", ".join(IMAGE_SUFFIXES)
             raise ValueError(f"image folder {self._root} holds no image ({suffixes})")
-        missing = [path for path in self._paths if not path.with_suffix(".txt").is_file()]
-        if missing:
-            listed = ", ".join(str(path.relative_to(self._root)) for path in missing[:_MAX_LISTED])
-            more = f" and {len(missing) - _MAX_LISTED} more" if len(missing) > _MAX_LISTED else ""
-            raise ValueError(
-                f"image folder {self._root}: no caption (a .txt file of the same name) beside "
-                f"{len(missing)} of {len(self._paths)} images: {listed}{more}"
-            )
+        # Sorted, so that of cat.TXT and cat.txt the second counts.
+        texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
+        missing = [path for path in self._paths if path.with_suffix("") not in texts]
+        self._refuse(missing, "no caption (a .txt file of the same name) beside", "images")
+        caption_paths = [texts[path.with_suffix("")] for path in self._paths]
+        self._captions = self._read_captions(caption_paths)
+
+    def _is_shown(self, path: pathlib.Path) -> bool:
+        """Whether it is a file, and neither it nor a folder on the way to it is hidden."""
+        parts = path.relative_to(self._root).parts
+        return not any(part.startswith(".") for part in parts) and path.is_file()
+
+    def _read_captions(self, paths: list[pathlib.Path]) -> list[str]:
+        """The texts without the white space around them, all checked."""
+        captions, undecodable = [], []
+        for path in paths:
+            try:
+                # Some editors begin a file with a byte order mark, which is no part of the text.
+                captions.append(path.read_text(encoding="utf-8-sig").strip())
+            except UnicodeDecodeError:
+                undecodable.append(path)
+        self._refuse(undecodable, "not UTF-8:", "captions")
+        empty = [path for path, caption in zip(paths, captions, strict=True) if not caption]
+        self._refuse(empty, "empty:", "captions")
+        return captions
+
+    def _refuse(self, paths: list[pathlib.Path], fault: str, things: str) -> None:
+        """Raises an error that lists the paths, if there are any."""
+        if not paths:
+            return
+        listed = ", ".join(path.relative_to(self._root).as_posix() for path in paths[:_MAX_LISTED])
+        more = f" and {len(paths) - _MAX_LISTED} more" if len(paths) > _MAX_LISTED else ""
+        raise ValueError(
+            f"image folder {self._root}: {fault} "
+            f"{len(paths)} of {len(self._paths)} {things}: {listed}{more}"
+        )
 
     def __len__(self) -> int:
         """The number of images."""
@@ -86,17 +116,9 @@ class ImageFolderSource:
         """The pair of an image and its caption.
 
         Raises:
-            ValueError: If the caption is empty or not UTF-8, or `image_size` is set and the image
-                cannot be decoded; names the file.
+            ValueError: If `image_size` is set and the image cannot be decoded; names the file.
         """
         path = self._paths[index]
-        caption_path = path.with_suffix(".txt")
-        try:
-            caption = caption_path.read_text(encoding="utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"caption {caption_path} is not UTF-8: {error}") from error
-        if not caption:
-            raise ValueError(f"caption {caption_path} is empty")
         image = Image(encoded=path.read_bytes())
         if self._size is not None:
             try:
@@ -105,7 +127,7 @@ class ImageFolderSource:
                 raise ValueError(f"{path}: {error}") from error
             image = Image(pixels=pixels)
         return Document(
-            parts=(Text(caption), image),
+            parts=(Text(self._captions[index]), image),
             id=path.relative_to(self._root).as_posix(),
             source=self._name,
             kind="pair",

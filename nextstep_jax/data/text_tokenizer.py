@@ -88,7 +88,6 @@ class TextTokenizer:
         missing = [name for name in CONFIG_FIELDS.values() if name not in special]
         if missing:
             raise ValueError(f"the tokenizer lacks the special tokens {', '.join(missing)}")
-        self._special_ids: dict[str, int] = special
         self.eos_id = special[EOS]
         self.pad_id = special[PAD]
         self.image_area_id = special[IMAGE_AREA]
@@ -144,16 +143,6 @@ class TextTokenizer:
         return self._tokenizer.decode(
             [int(i) for i in ids], skip_special_tokens=skip_special_tokens
         )
-
-    def special_id(self, name: str) -> int:
-        """The id of a special token by its spelling.
-
-        Raises:
-            ValueError: If there is no such special token; lists those there are.
-        """
-        if name not in self._special_ids:
-            raise ValueError(f"no special token {name!r}; there are {sorted(self._special_ids)}")
-        return self._special_ids[name]
 
     def check(self, config: NextStepConfig) -> None:
         """Checks that tokenizer and model mean the same ids.

@@ -19,10 +19,14 @@ from nextstep_jax.models.vae import VAE, from_uint8, to_uint8
 from nextstep_jax.sampling.pipeline import NextStepPipeline
 
 SCORES = "scores.jsonl"
+_BATCH_SIZE = 50
 
 
 def score_alignment(
-    pipe: NextStepPipeline, claims: Sequence[dict[str, Any]], batch_size: int = 50, **settings: Any
+    pipe: NextStepPipeline,
+    claims: Sequence[dict[str, Any]],
+    batch_size: int = _BATCH_SIZE,
+    **settings: Any,
 ) -> tuple[Report, list]:
     """Samples one image for each claim's prompt and reads it back.
 
@@ -48,16 +52,25 @@ class SampleHook:
         self,
         workdir: pathlib.Path,
         make_pipeline: Callable[[Any], NextStepPipeline],
-        level: str,
+        level: str | None = None,
+        prompts: Sequence[str] = (),
         num_pictures: int = 16,
         num_scored: int = 0,
         guidance_scales: Sequence[float] = (2.0,),
     ):
-        """`make_pipeline` takes parameters; `level` names the world's prompts."""
+        """`make_pipeline` takes parameters; `level` names the world's captions, else `prompts`.
+
+        Raises:
+            ValueError: Neither is given, or scores are wanted of prompts that nobody can check.
+        """
+        if level is None and (not prompts or num_scored):
+            raise ValueError("score: give a level of the world, or prompts and num_scored=0")
         self._folder = pathlib.Path(workdir) / "samples"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._make = make_pipeline
-        self._claims = heldout_prompts(level, max(num_pictures, num_scored), seed=0)
+        self._claims = [{"prompt": prompt} for prompt in prompts]
+        if level is not None:
+            self._claims = heldout_prompts(level, max(num_pictures, num_scored), seed=0)
         self._num_pictures, self._num_scored = num_pictures, num_scored
         self._scales = tuple(guidance_scales)
 
@@ -66,17 +79,30 @@ class SampleHook:
         params = state.params if state.ema is None else state.ema
         pipe = self._make(params)
         claims = self._claims[: max(self._num_scored, self._num_pictures)]
+        scores = []
         for scale in self._scales:
-            report, images = score_alignment(pipe, claims, guidance_scale=scale)
-            captions = [claim["prompt"] for claim in claims[: self._num_pictures]]
+            prompts = [claim["prompt"] for claim in claims]
+            seeds = list(range(len(claims)))
+            images = pipe(prompts, seed=seeds, batch_size=_BATCH_SIZE, guidance_scale=scale).images
+            captions = prompts[: self._num_pictures]
             picture = captioned_grid(images[: self._num_pictures], captions)
             name = f"step-{step:07d}-guidance-{scale:g}.png"
             picture.save(self._folder / name)
             writer.image(step, f"samples/guidance-{scale:g}", np.asarray(picture))
             if self._num_scored:
-                line = {"step": step, "guidance_scale": scale, **report.as_dict()}
-                with (self._folder.parent / SCORES).open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                report = score([np.asarray(image) for image in images], claims)
+                scores.append({"step": step, "guidance_scale": scale, **report.as_dict()})
+        if scores:
+            self._write(step, scores)
+
+    def _write(self, step: int, scores: list[dict[str, Any]]) -> None:
+        """Adds the lines of a step; those of steps that a restart repeats are cut."""
+        path = self._folder.parent / SCORES
+        old = path.read_text().splitlines() if path.exists() else []
+        lines = [line for line in old if json.loads(line)["step"] < step]
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text("\n".join([*lines, *(json.dumps(line) for line in scores)]) + "\n")
+        fresh.rename(path)
 
 
 class ReconstructionHook:

@@ -1,1 +1,1 @@
-"""Flow matching on plain arrays: paths and times, step grids, solvers, guidance, likelihood."""
+"""Flow matching on plain arrays: paths and times, step grids, solvers, guidance."""

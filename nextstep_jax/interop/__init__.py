@@ -1,1 +1,1 @@
-"""Published checkpoints to our parameters and back."""
+"""Models on disk: the model directory that training writes and sampling reads."""

@@ -13,6 +13,7 @@ first checkpoint on.
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from nextstep_jax.data.text_tokenizer import TextTokenizer
@@ -84,16 +85,19 @@ def read_model_directory(directory: pathlib.Path) -> ModelDirectory:
 
     Raises:
         FileNotFoundError: `model.json` or the parameters are missing.
-        ValueError: The folder is of another format, or the tokenizer's ids are not the model's.
+        ValueError: The folder is of another format, `model.json` does not hold what it should, or
+            the tokenizer's ids are not the model's.
     """
     directory = pathlib.Path(directory)
     path = directory / "model.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory} is not a model directory: it has no model.json")
-    values = json.loads(path.read_text())
+    values = _read_json(path)
     if values.get("format") != _FORMAT:
         raise ValueError(f"{path}: format {values.get('format')!r}, expected {_FORMAT}")
-    config = nextstep_from_dict(values["model"])
+    config = _parse(path, "model", nextstep_from_dict, values)
+    vae_config = _parse(path, "vae", vae_from_dict, values)
+    sampling = _parse(path, "sampling", dict, values)
     tokenizer = TextTokenizer.from_file(directory / "tokenizer.json")
     tokenizer.check(config)
     step = None
@@ -104,12 +108,35 @@ def read_model_directory(directory: pathlib.Path) -> ModelDirectory:
     return ModelDirectory(
         config=config,
         params=params,
-        vae_config=vae_from_dict(values["vae"]),
+        vae_config=vae_config,
         vae_params=load_tree(directory / "vae"),
         tokenizer=tokenizer,
-        sampling=values["sampling"],
+        sampling=sampling,
         step=step,
     )
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The mapping in a JSON file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping, got {type(values).__name__}")
+    return values
+
+
+def _parse(path: pathlib.Path, key: str, make: Callable[[Any], Any], values: dict[str, Any]) -> Any:
+    """What `make` makes of an entry of a file; whatever is wrong with it names both."""
+    if not isinstance(values.get(key), dict):
+        raise ValueError(f"{path}: {key!r} must be a mapping, got {values.get(key)!r}")
+    try:
+        return make(values[key])
+    except KeyError as error:
+        raise ValueError(f"{path}: {key!r} lacks {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: {key!r} is not what it should be: {error}") from error
 
 
 def write_vae_config(directory: pathlib.Path, config: VAEConfig) -> None:
@@ -127,12 +154,15 @@ def read_vae(directory: pathlib.Path) -> tuple[VAEConfig, Any]:
 
     Raises:
         FileNotFoundError: The directory is neither, or holds no finished checkpoint.
+        ValueError: Its JSON does not hold what it should.
     """
     directory = pathlib.Path(directory)
     if (directory / "model.json").is_file():
-        config = vae_from_dict(json.loads((directory / "model.json").read_text())["vae"])
+        path = directory / "model.json"
+        config = _parse(path, "vae", vae_from_dict, _read_json(path))
         return config, load_tree(directory / "vae")
     if not (directory / _VAE_JSON).is_file():
         raise FileNotFoundError(f"{directory} holds no image tokenizer: no {_VAE_JSON}")
-    config = vae_from_dict(json.loads((directory / _VAE_JSON).read_text()))
+    path = directory / _VAE_JSON
+    config = _parse(path, "vae", vae_from_dict, {"vae": _read_json(path)})
     return config, load_params(directory / "checkpoints")[0]

@@ -1,1 +1,1 @@
-"""Meshes, sharding rules and compilation ahead of time."""
+"""Meshes over the devices, and the sharding rules of parameters and batches."""

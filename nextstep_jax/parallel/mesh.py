@@ -31,7 +31,7 @@ def mesh_shape(axes: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
         sizes[sizes.index(-1)] = num_devices // math.prod(size for size in sizes if size != -1)
     if math.prod(sizes) != num_devices or 0 in sizes:
         raise ValueError(
-            f"mesh {dict(zip(AXES, sizes, strict=True))} needs other than the"
+            f"mesh {dict(zip(AXES, sizes, strict=True))} does not fit the"
             f" {num_devices} devices given"
         )
     return tuple(sizes)

@@ -37,12 +37,19 @@ from nextstep_jax.sampling.generate import (
     prefill_jit,
     sample_chunk,
 )
-from nextstep_jax.sampling.presets import Preset, get_preset
+from nextstep_jax.sampling.presets import (
+    Preset,
+    get_preset,
+    preset_from_settings,
+    replace_fields,
+)
 
 # Prompts are padded to a multiple of this, so that few lengths are compiled.
 _PROMPT_MULTIPLE = 32
 # Seeds are the 32-bit words that typed keys are made of.
 _NUM_SEEDS = 2**32
+# Characters of a prompt that an error message repeats.
+_QUOTED_PROMPT = 60
 # (tokens done, tokens in all) of a call; the images of a batch count once.
 Callback = Callable[[int, int], None]
 
@@ -83,7 +90,8 @@ class NextStepPipeline:
         preset: Default settings.
         image_size: Default (height, width) in pixels.
         mesh: Devices over which the images of a batch are spread, or None for one device.
-        max_prompt_length: Longest prompt in tokens, with the size string.
+        max_prompt_length: Longest prompt in text tokens, with the size strings; the tokens of
+            input images do not count.
         step: The training step of the parameters, if known.
     """
 
@@ -138,10 +146,8 @@ class NextStepPipeline:
 
         read = read_model_directory(pathlib.Path(directory))
         settings = dict(read.sampling)
-        preset = get_preset(settings.pop("preset", "nextstep-1"))
         image_size = tuple(settings.pop("image_size", (512, 512)))
-        sampler = _replace(preset.sampler, settings.pop("sampler", {}))
-        preset = _replace(preset, {**settings, "sampler": sampler})
+        preset = preset_from_settings(settings)
         cast = functools.partial(jnp.asarray, dtype=dtype)
         return cls(
             NextStep(read.config, dtype=dtype),
@@ -197,15 +203,19 @@ class NextStepPipeline:
             **sampler: Fields of `SamplerConfig`.
 
         Raises:
-            ValueError: A size off the grid, a prompt that is too long, a seed out of range,
-                unknown settings; before anything runs on the device.
+            ValueError: A size off the grid, a prompt that is too long, a guidance scale that is
+                not finite, a seed out of range, unknown settings; before anything runs on the
+                device.
         """
         preset = self.preset
         if num_inference_steps is not None:
             sampler["num_steps"] = num_inference_steps
-        config = _replace(preset.sampler, sampler)
+        config = replace_fields(preset.sampler, sampler)
         scale = _or(guidance_scale, preset.guidance_scale)
         image_scale = _or(image_guidance_scale, preset.image_guidance_scale)
+        for name, number in {"guidance_scale": scale, "image_guidance_scale": image_scale}.items():
+            if not math.isfinite(number):
+                raise ValueError(f"{name}={number} must be a finite number")
         size = (_or(height, self.image_size[0]), _or(width, self.image_size[1]))
         grid = grid_of(*size, self.model.config.pixels_per_token)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -278,6 +288,7 @@ class NextStepPipeline:
             prompt_prefix, grid=grid, tokenizer=self.tokenizer, input_grids=[grid] * num_inputs
         )
         branches, sees_inputs = [with_inputs(prompt)], [num_inputs > 0]
+        names = ["prompt", "negative prompt", "negative prompt"]
         three = num_inputs > 0 and image_scale != 1.0
         # At an image scale of 1 the last branch of three cancels; without inputs the middle one.
         if three or (num_inputs and scale != 1.0):
@@ -286,10 +297,15 @@ class NextStepPipeline:
         if three or (not num_inputs and scale != 1.0):
             branches.append(prompt_prefix(negative, grid, self.tokenizer))
             sees_inputs.append(False)
-        for ids in branches:
-            if len(ids) > self.max_prompt_length:
+        # The tokens of an input image follow from its size, which nobody can shorten as a text.
+        placeholder = self.model.config.image_placeholder_id
+        for name, ids in zip(names, branches, strict=False):
+            num_text = len(ids) - ids.count(placeholder)
+            if num_text > self.max_prompt_length:
+                text = prompt if name == "prompt" else negative
+                cut = text if len(text) <= _QUOTED_PROMPT else text[:_QUOTED_PROMPT] + "..."
                 raise ValueError(
-                    f"prompt {prompt!r} has {len(ids)} tokens with its size string;"
+                    f"the {name} {cut!r} has {num_text} text tokens with its size string;"
                     f" the limit is {self.max_prompt_length}"
                 )
         return tuple(tuple(ids) for ids in branches), tuple(sees_inputs)
@@ -403,13 +419,3 @@ def _seeds(seed: int | Sequence[int], num_prompts: int, num_images: int) -> list
 
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
-
-
-def _replace(config: Any, changes: dict[str, Any]) -> Any:
-    """`dataclasses.replace` with an error that lists the fields."""
-    known = {field.name for field in dataclasses.fields(config)}
-    unknown = sorted(changes.keys() - known)
-    if unknown:
-        name = type(config).__name__
-        raise ValueError(f"settings {unknown} are unknown; {name} has {sorted(known)}")
-    return dataclasses.replace(config, **changes)

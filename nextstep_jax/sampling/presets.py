@@ -5,6 +5,8 @@ The model card of NextStep-1 shows 28 steps without the token norm; pass those t
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from nextstep_jax.sampling.generate import SamplerConfig
 
@@ -54,6 +56,31 @@ PRESETS: dict[str, Preset] = {
     # Ours: models trained here have not seen those prompts.
     "plain": Preset(SamplerConfig("ode", num_steps=20), guidance_scale=3.0),
 }
+
+
+def preset_from_settings(settings: Mapping[str, Any]) -> Preset:
+    """A named preset with some settings replaced, from plain values.
+
+    Args:
+        settings: `preset`, a name (default "nextstep-1"); `sampler`, a mapping of fields of
+            `SamplerConfig`; any field of `Preset`.
+
+    Raises:
+        ValueError: An unknown name or field; the message lists the known ones.
+    """
+    settings = dict(settings)
+    preset = get_preset(settings.pop("preset", "nextstep-1"))
+    sampler = replace_fields(preset.sampler, dict(settings.pop("sampler", {})))
+    return replace_fields(preset, {**settings, "sampler": sampler})
+
+
+def replace_fields(config: Any, changes: Mapping[str, Any]) -> Any:
+    """`dataclasses.replace` that refuses an unknown field with a ValueError listing the known."""
+    known = sorted(field.name for field in dataclasses.fields(config))
+    unknown = sorted(changes.keys() - set(known))
+    if unknown:
+        raise ValueError(f"settings {unknown} are unknown; known are {known}")
+    return dataclasses.replace(config, **changes)
 
 
 def get_preset(name: str) -> Preset:

@@ -33,6 +33,11 @@ from nextstep_jax.training.tokenizer import TokenizerConfig, TokenizerTask
 # A ConfigDict is read like a mapping but is none.
 Config = Mapping[str, Any] | ConfigDict
 
+MODEL_SECTIONS = {
+    *("image_size", "model", "sources", "data", "loss", "optimizer", "loop"),
+    *("sampling", "score", "dtype", "attention", "remat"),
+}
+
 # Documents of each source that the text tokenizer of a small model is trained on.
 _NUM_TOKENIZER_DOCUMENTS = 4000
 
@@ -50,10 +55,52 @@ def build(cls: type, values: Config, section: str) -> Any:
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
+def defaults(cls: type, **changes: Any) -> dict[str, Any]:
+    """Every field of a config dataclass, so that each can be changed on the command line."""
+    values = {
+        field.name: field.default
+        for field in dataclasses.fields(cls)
+        if field.default is not dataclasses.MISSING
+    }
+    return {**values, **changes}
+
+
+def loop_defaults(**changes: Any) -> dict[str, Any]:
+    """`defaults` of the loop; `mesh` gives the sizes of all axes, -1 is what is left."""
+    mesh = {"data": 1, "fsdp": -1, "tensor": 1}
+    return {**defaults(LoopConfig), "mesh": mesh, **changes}
+
+
+def optimizer_defaults(**changes: Any) -> dict[str, Any]:
+    """`defaults` of the optimizer; its cosine ends with the run unless `num_steps` is given."""
+    values = defaults(OptimizerConfig, **changes)
+    return values if "num_steps" in changes else {**values, "num_steps": None}
+
+
+def data_defaults(**changes: Any) -> dict[str, Any]:
+    """`defaults` of the data; the images' size stands once, in the experiment's `image_size`."""
+    values = defaults(DataConfig, **changes)
+    values.pop("image_bases")
+    return values
+
+
+def check_sections(config: Config, known: set[str]) -> None:
+    """Refuses sections that nobody would read.
+
+    Raises:
+        ValueError: Listing them and the known ones.
+    """
+    unknown = sorted(set(config) - known)
+    if unknown:
+        raise ValueError(f"config: unknown sections {unknown}; known are {sorted(known)}")
+
+
 def build_loop(config: Config) -> LoopConfig:
     """The loop; `config.optimizer` and `config.loop`; the cosine ends with the run."""
     loop = dict(config["loop"])
-    optimizer = {"num_steps": loop.get("num_steps", 1000), **config["optimizer"]}
+    optimizer = dict(config["optimizer"])
+    if optimizer.get("num_steps") is None:
+        optimizer["num_steps"] = loop.get("num_steps", LoopConfig.num_steps)
     loop["optimizer"] = build(OptimizerConfig, optimizer, "optimizer")
     loop["mesh"] = tuple(dict(loop.get("mesh", {})).items())
     return build(LoopConfig, loop, "loop")
@@ -121,6 +168,7 @@ def load_or_train_text_tokenizer(
 
 def build_tokenizer_task(config: Config) -> tuple[TokenizerTask, LoopConfig]:
     """The training of an image tokenizer, from sections vae, tokenizer, source, optimizer, loop."""
+    check_sections(config, {"vae", "tokenizer", "source", "optimizer", "loop", "dtype"})
     vae = VAE(build(VAEConfig, config["vae"], "vae"), dtype=_dtype(config))
     train = build(TokenizerConfig, config["tokenizer"], "tokenizer")
     source = build_source(config["source"], train.image_size)
@@ -131,6 +179,7 @@ def build_nextstep_task(
     config: Config, vae: VAE, vae_params: Any, tokenizer: TextTokenizer
 ) -> tuple[NextStepTask, LoopConfig]:
     """The training of the unified model, from sections model, data, sources, loss, ..."""
+    check_sections(config, MODEL_SECTIONS)
     model_config = build_model_config(config["model"])
     _check_vae(model_config, vae.config)
     model = NextStep(
@@ -139,9 +188,9 @@ def build_nextstep_task(
         attention=config.get("attention", "xla"),
         remat=config.get("remat", "none"),
     )
-    # One number says how large pictures are; several bases may be named in its place.
-    bases = {"image_bases": (config["image_size"],)}
-    data = build(DataConfig, {**bases, **config["data"]}, "data")
+    # One number says how large pictures are, here and in the sampler.
+    data = {"image_bases": (config["image_size"],), **config["data"]}
+    data = build(DataConfig, data, "data")
     loss = build(LossConfig, config.get("loss", {}), "loss")
     args = (build_sources(config), tokenizer, data, loss, plain(config))
     return NextStepTask(model, vae, vae_params, *args), build_loop(config)

@@ -1,13 +1,37 @@
-"""What a program prints: its own progress, not the libraries' diary."""
+"""What a program prints: its own progress, not the libraries' diary; one line for bad input."""
 
 import logging
+import sys
+from collections.abc import Callable
+
+from absl import app
+
+from nextstep_jax.training.metrics import NonFiniteError
 
 _TALKATIVE = ("absl", "jax", "orbax", "grain", "asyncio")
 
 
 def set_up_logging() -> None:
     """INFO for the project, warnings for the libraries, one short line each."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    # absl's app has put its own handler there already.
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger().setLevel(logging.INFO)
+
+
+def run_program(main: Callable[[list[str]], None]) -> None:
+    """`absl.app.run`, with the logging set up and bad input as one line and exit status 1."""
+
+    def run(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"unexpected arguments {argv[1:]}")
+        set_up_logging()
+        try:
+            main(argv)
+        except (ValueError, FileNotFoundError, NonFiniteError) as error:
+            logging.debug("where it was raised", exc_info=True)
+            sys.exit(f"error: {error}")
+
+    app.run(run)

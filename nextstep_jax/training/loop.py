@@ -2,7 +2,8 @@
 
 A task says what is trained (`Task`); the loop owns the rest, in a fixed order: mesh -> data ->
 abstract state -> shardings -> init or restore -> compile and memory report -> steps. Inside a
-step: save, then next batch, then update; the order makes a restart continue bit for bit.
+step: next batch, update, save, hooks; state and iterator are saved when they belong together, so
+that a restart continues bit for bit.
 """
 
 import contextlib
@@ -157,12 +158,24 @@ def memory_report(compiled: Any) -> str:
 
 
 def run(
-    task: Task, config: LoopConfig, workdir: pathlib.Path, hooks: Sequence[Hook] = ()
+    task: Task,
+    config: LoopConfig,
+    workdir: pathlib.Path,
+    hooks: Sequence[Hook] = (),
+    on_start: Callable[[], None] = lambda: None,
 ) -> TrainState:
     """Trains until `num_steps`, continuing whatever the workdir holds.
 
     A workdir holds `config.json`, `checkpoints/`, `metrics.jsonl` and `tensorboard/`. SIGTERM
-    saves and returns after the step in flight.
+    and a first Ctrl-C save and return after the step in flight.
+
+    Args:
+        task: What is trained.
+        config: How long, how often, on what.
+        workdir: Made if it is not there.
+        hooks: Called between steps, after the save that falls on the same step.
+        on_start: Called before the first step, once it is clear that the run may go on in this
+            workdir: the place to write what describes it.
 
     Raises:
         NonFiniteError: Loss, gradient or parameters are NaN or infinite; earlier checkpoints stay
@@ -171,11 +184,11 @@ def run(
             batch do not divide over the mesh.
     """
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(_SigTerm())
-        return _run(task, config, pathlib.Path(workdir), hooks, stop, stack)
+        stop = stack.enter_context(_StopRequest())
+        return _run(task, config, pathlib.Path(workdir), hooks, on_start, stop, stack)
 
 
-def _run(task, config, workdir, hooks, stop, stack) -> TrainState:
+def _run(task, config, workdir, hooks, on_start, stop, stack) -> TrainState:
     """`run`; what has to be closed, in whatever way the run ends, goes on the stack."""
 
     def open_until_end(resource):
@@ -201,30 +214,27 @@ def _run(task, config, workdir, hooks, stop, stack) -> TrainState:
             checkpoint.state = setup.init()
     if jax.process_index() == 0:
         (workdir / "config.json").write_text(json.dumps(run_config, indent=2) + "\n")
+        on_start()
 
     # ----- Steps -----
     start = int(checkpoint.state.step)
     writer = open_until_end(MetricsWriter(workdir, start, config.num_steps, task.name))
-    with jax.set_mesh(setup.mesh):
-        _steps(task, config, setup, checkpoint, store, writer, hooks, stop)
+    _steps(task, config, setup, checkpoint, store, writer, hooks, stop)
     return checkpoint.state
 
 
 def _steps(task, config, setup, checkpoint, store, writer, hooks, stop) -> None:
-    """Save, next, update; `checkpoint` holds the current state throughout."""
+    """Next, update, save, hooks; `checkpoint` holds the current state throughout."""
     pending = _Pending(config, writer)
     step_fn = None
-    start = step = int(checkpoint.state.step)
+    saved = step = int(checkpoint.state.step)
     began, seconds = time.monotonic(), checkpoint.clock.seconds
     while step < config.num_steps and not stop.requested:
-        # NOTE: the order of save, next and update must not change.
-        if step > start and step % config.checkpoint_every == 0:
-            pending.flush()
-            store.save(step, checkpoint)
         waited = time.monotonic()
         local = next(checkpoint.dataset)
         waited = time.monotonic() - waited
-        with jax.transfer_guard("disallow"):
+        # The mesh is in scope for the step alone: hooks have devices of their own.
+        with jax.set_mesh(setup.mesh), jax.transfer_guard("disallow"):
             batch = task.prepare(to_device(setup.mesh, local))
             if step_fn is None:
                 step_fn = _compile(setup, checkpoint.state, batch)
@@ -234,15 +244,20 @@ def _steps(task, config, setup, checkpoint, store, writer, hooks, stop) -> None:
         checkpoint.clock.seconds = seconds + time.monotonic() - began
         extra = {**dataclasses.asdict(checkpoint.clock), "data_wait": waited}
         pending.push(step, metrics, extra)
+        # NOTE: save before hooks, which may fail, and before the next batch is taken.
+        if step % config.checkpoint_every == 0 or step == config.num_steps:
+            pending.flush()
+            store.save(step, checkpoint)
+            saved = step
         if config.hook_every and (step % config.hook_every == 0 or step == config.num_steps):
             pending.flush()
             for hook in hooks:
                 hook(step, checkpoint.state, writer)
     pending.flush()
-    if step > start:
+    if step > saved:
         store.save(step, checkpoint)
     if stop.requested:
-        logging.warning("stopped by SIGTERM at step %d; a new start continues there", step)
+        logging.warning("stopped at step %d; a new start continues there", step)
 
 
 def _compile(setup: Setup, state: TrainState, batch: Any) -> Any:
@@ -316,21 +331,23 @@ class _Pending:
         self._writer.progress(step, {**shown, "samples/s": rate})
 
 
-class _SigTerm(contextlib.AbstractContextManager):
-    """Notes SIGTERM instead of dying of it."""
+class _StopRequest(contextlib.AbstractContextManager):
+    """Notes SIGTERM and the first Ctrl-C instead of dying of them."""
 
     requested = False
 
     def __enter__(self):
-        try:
-            self._previous = signal.signal(signal.SIGTERM, self._note)
-        except ValueError:  # not the main thread: the caller handles signals
-            self._previous = None
+        self._previous = {}
+        with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_):
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
-    def _note(self, *_):
+    def _note(self, number, _):
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.requested = True

@@ -7,6 +7,7 @@ Axes: batch, length, embed, token; n = image positions gathered from a row.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from nextstep_jax.data.buckets import ordered_image_keys
 from nextstep_jax.data.packing import PackingConfig
 from nextstep_jax.data.pipeline import (
     DataConfig,
@@ -75,7 +77,7 @@ def encode_images(
     """
     images = batch["images"]
     buffers = []
-    for size in sorted(images, key=lambda name: tuple(int(side) for side in name.split("x"))):
+    for size in ordered_image_keys(images):
         pixels = images[size]
         rows, slots = pixels.shape[:2]
         flat = from_uint8(pixels.reshape(rows * slots, *pixels.shape[2:]))
@@ -145,6 +147,14 @@ def most_image_tokens(packing: PackingConfig) -> int:
     return min(packing.row_length, in_slots)
 
 
+def tree_digest(tree: Any) -> str:
+    """A short digest of the values of a tree of arrays, for fingerprints."""
+    digest = hashlib.blake2b(digest_size=8)
+    for leaf in jax.tree.leaves(tree):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
 class NextStepTask:
     """Training of the unified model, for `training.loop`."""
 
@@ -176,9 +186,11 @@ class NextStepTask:
                 f" tokens: image_positions must be at least {most}, or None"
             )
         self.config = config
-        self.fingerprint = pipeline_fingerprint(
-            data, sources, tokenizer, model.config, jax.process_count()
-        )
+        self.fingerprint = {
+            **pipeline_fingerprint(data, sources, tokenizer, model.config, jax.process_count()),
+            # Other weights give other tokens: as much part of the data as the pixels.
+            "image_tokenizer": tree_digest(vae_params),
+        }
         self._model, self._vae_params, self._vae_mesh = model, vae_params, None
         self._data, self._loss = data, loss
         self._sources, self._tokenizer = sources, tokenizer

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, UInt8
 
 from nextstep_jax.data.images import pixels_of, resize_cover
+from nextstep_jax.data.pipeline import source_fingerprint
 from nextstep_jax.data.schema import Document
 from nextstep_jax.data.sources import DocumentSource
 from nextstep_jax.models.vae import VAE, from_uint8
@@ -94,8 +95,8 @@ class TokenizerTask:
         """`source` holds documents with images; the first image of each is used."""
         self.config = config
         self.fingerprint = {
-            # The repr of a plain object is its address, which no other process has.
-            "source": repr(source) if dataclasses.is_dataclass(source) else type(source).__name__,
+            "source": source_fingerprint(source),
+            "image_size": train.image_size,
             "documents": len(source),
             "batch_size": train.batch_size,
             "seed": train.seed,
@@ -144,8 +145,15 @@ class TokenizerTask:
 
 
 def first_image(document: Document, side: int) -> UInt8[np.ndarray, "side side 3"]:
-    """A document's first image, scaled and cropped to a square."""
-    return np.asarray(resize_cover(pixels_of(document.images[0]), side, side))
+    """A document's first image, scaled and cropped to a square.
+
+    Raises:
+        ValueError: It has no pixels or cannot be decoded; names the document.
+    """
+    try:
+        return np.asarray(resize_cover(pixels_of(document.images[0]), side, side))
+    except ValueError as error:
+        raise ValueError(f"document {document.id} of {document.source}: {error}") from error
 
 
 class _FirstImage(grain.transforms.Map):

@@ -73,16 +73,37 @@ def test_folders_without_images_are_refused(tmp_path):
 
 
 def test_bad_files_are_named(folder):
-    (folder / "astronaut.txt").write_text(" \n")
-    (folder / "cats/chelsea.txt").write_bytes(b"\xff\xfe\x00")
     (folder / "drinks/coffee.JPG").write_bytes(b"\xff\xd8\xff")
-    source = sources.ImageFolderSource(folder, image_size=64)
-    with pytest.raises(ValueError, match=r"astronaut\.txt is empty"):
-        source[0]
-    with pytest.raises(ValueError, match=r"chelsea\.txt is not UTF-8"):
-        source[1]
     with pytest.raises(ValueError, match=r"coffee\.JPG: cannot decode the image"):
-        source[2]
+        sources.ImageFolderSource(folder, image_size=64)[2]
+    (folder / "astronaut.txt").write_text(" \n")
+    (folder / "drinks/coffee.txt").write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(ValueError, match=r"empty: 2 of 3 captions: astro.*, drinks/coffee\.txt$"):
+        sources.ImageFolderSource(folder)
+    (folder / "cats/chelsea.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"not UTF-8: 1 of 3 captions: cats/chelsea\.txt$"):
+        sources.ImageFolderSource(folder)
+
+
+def test_captions_of_other_systems(folder):
+    (folder / "astronaut.txt").rename(folder / "astronaut.TXT")
+    (folder / "cats/chelsea.txt").write_bytes(b"\xef\xbb\xbfa cat\r\n")
+    source = sources.ImageFolderSource(folder)
+    texts = [source[i].parts[0].text for i in range(2)]
+    assert texts == ["a woman in an orange suit", "a cat"]
+
+
+def test_hidden_files_are_passed_over(folder):
+    (folder / "._astronaut.png").write_bytes(b"\0")
+    (folder / ".thumbnails").mkdir()
+    (folder / ".thumbnails/astronaut.png").write_bytes(b"\0")
+    assert len(sources.ImageFolderSource(folder)) == 3
+
+
+@pytest.mark.parametrize("size", [0, -8, (32, 0), (32, 32, 3)])
+def test_bad_sizes_are_refused(size, folder):
+    with pytest.raises(ValueError, match="image_size=.* must be a side or a"):
+        sources.ImageFolderSource(folder, image_size=size)
 
 
 def test_a_list_is_a_source():

@@ -89,3 +89,12 @@ def test_reconstruction_hook_shows_what_the_tokenizer_makes(tmp_path):
     np.testing.assert_array_equal(shown[:, :16], pixels[0])
     assert np.abs(shown[:, 16:].astype(int) - decoded[0]).max() <= 1
     assert decoded[0].std() > 10
+
+
+def test_scores_of_repeated_steps_are_not_kept_twice(tmp_path):
+    hook = SampleHook(tmp_path, lambda params: Pipe(), "easy", num_pictures=2, num_scored=2)
+    state = types.SimpleNamespace(params="raw", ema=None)
+    for step in (10, 20, 30, 20):  # killed after 30, continued from 10
+        hook(step, state, Writer())
+    lines = [json.loads(line) for line in (tmp_path / SCORES).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [10, 20]

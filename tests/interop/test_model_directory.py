@@ -86,6 +86,31 @@ def test_what_is_not_a_model_directory(tmp_path):
         read_model_directory(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda values: [values], "expected a mapping, got list"),
+        (lambda values: values | {"model": 3}, "'model' must be a mapping, got 3"),
+        (lambda values: values | {"model": values["model"] | {"depth": 3}}, "'model' .*'depth'"),
+        (lambda values: values | {"vae": values["vae"] | {"depth": 3}}, "'vae' is not .*'depth'"),
+        (lambda values: values | {"vae": {}}, "'vae' lacks 'channel_multipliers'"),
+        (lambda values: {k: v for k, v in values.items() if k != "sampling"}, "'sampling' must"),
+    ],
+)
+def test_what_model_json_must_hold(change, message, tmp_path):
+    path = tmp_path / "model.json"
+    write(tmp_path)
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(ValueError, match=rf"model\.json: {message}"):
+        read_model_directory(tmp_path)
+
+
+def test_broken_json_is_named(tmp_path):
+    (tmp_path / "model.json").write_text("{")
+    with pytest.raises(ValueError, match=r"model\.json is not JSON"):
+        read_model_directory(tmp_path)
+
+
 def test_tokenizer_and_config_must_agree(tmp_path):
     write(tmp_path)
     config = dataclasses.replace(tiny_model.CONFIG, boi_id=6)

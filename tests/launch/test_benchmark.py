@@ -127,6 +127,20 @@ def test_sampling_report(tmp_path, capsys):
     assert report["byte_model"]["bandwidth_source"] == "--bandwidth_gbs"
 
 
+def test_a_second_order_solver_asks_the_head_twice_a_step(monkeypatch, capsys):
+    times = dict.fromkeys(("whole", "decoder", "head", "prefill"), [1.0])
+    monkeypatch.setattr(sampling_speed, "random_params", lambda *_: None)
+    monkeypatch.setattr(sampling_speed, "measure", lambda *_: {"times_s": times})
+    read = {}
+    for solver in ("ode", "heun"):
+        flags = [*SMALL, f"--solver={solver}", "--steps=5", "--bandwidth_gbs=20"]
+        benchmark.main(benchmark.parse_flags([PROGRAM, *flags]))
+        report = json.loads(capsys.readouterr().out)
+        read[solver] = report["byte_model"]["bytes_per_token"]["head"]
+    per_step = report["settings"]["parameters"]["head_per_step"]
+    assert read["heun"] - read["ode"] == 4 * (2 * 5 - 5) * per_step
+
+
 def test_the_parts_do_what_sampling_does():
     """The decoder's program leaves sampling's cache, the head's its tokens."""
     model = NextStep(tiny_model.CONFIG, scan_layers=False)

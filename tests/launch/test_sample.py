@@ -77,6 +77,7 @@ def test_pictures_of_a_fresh_process_on_eight_devices(directory, tmp_path):
         "num_steps": 2,
         "checkpoint": str(directory),
         "step": None,
+        "dtype": "float32",
         "input_images": [],
     }
     assert expected.items() <= settings.items()
@@ -138,6 +139,37 @@ def test_bad_input_ends_with_one_line(flags, message, directory, tmp_path):
         sample.main(sample.parse_flags(argv))
     assert "\n" not in str(stopped.value)
     assert not (tmp_path / "out").exists()
+
+
+def stopped_by(*flags):
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(sample.parse_flags([PROGRAM, *flags]))
+    assert "\n" not in str(stopped.value)
+    return str(stopped.value)
+
+
+def test_a_file_in_the_way_is_refused_before_sampling(tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "load", lambda _: pytest.fail("read the model"))
+    (tmp_path / "taken").write_text("")
+    for out in (tmp_path / "taken", tmp_path / "taken" / "deeper"):
+        message = stopped_by("--checkpoint=x", "--prompt=a", f"--out={out}")
+        assert message == f"sample: out={out}: {tmp_path / 'taken'} is a file, not a folder"
+
+
+def test_a_model_json_with_other_keys_ends_with_one_line(tmp_path):
+    (tmp_path / "model.json").write_text('{"format": 1, "model": {"depth": 3}}')
+    message = stopped_by(f"--checkpoint={tmp_path}", "--prompt=a", f"--out={tmp_path / 'out'}")
+    assert message.startswith(f"sample: {tmp_path / 'model.json'}: 'model'")
+
+
+def test_prompts_files_of_other_systems(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\xef\xbb\xbfa\r\n\r\nb\r\n")
+    args = sample.parse_flags([PROGRAM, "--checkpoint=x", f"--prompts_file={path}"])
+    assert sample.read_prompts(args) == ["a", "b"]
+    path.write_bytes(b"a\xff")
+    message = stopped_by("--checkpoint=x", f"--prompts_file={path}")
+    assert message.startswith(f"sample: prompts file {path} is not UTF-8")
 
 
 def test_help_has_an_example(capsys):

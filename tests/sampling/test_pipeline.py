@@ -178,6 +178,19 @@ def test_branches_that_cancel_are_left_out(scale, image_scale, num_inputs, sees)
     assert count == [12 * num_inputs * one for one in sees]
 
 
+def test_the_tokens_of_input_images_are_no_length_of_the_prompt():
+    pipe = tiny_model.pipeline(max_prompt_length=16)
+    grid = (32, 32)
+    (full, *_), sees_inputs = pipe._branches("a", "", grid, 1, 2.0, 1.5)
+    assert full.count(tiny_model.CONFIG.image_placeholder_id) == 1024
+    assert sees_inputs == (True, True, False)
+    # Area token, five characters of the size, and begin and end of the images, twice; "a".
+    pipe.max_prompt_length = len(full) - 1024 - 1
+    assert pipe.max_prompt_length < 16
+    with pytest.raises(ValueError, match="^the prompt 'a' has 1. text tokens"):
+        pipe._branches("a", "", grid, 1, 2.0, 1.5)
+
+
 def test_positive_prompt_is_appended_after_one_space():
     seen = []
     pipe = tiny_model.pipeline()
@@ -193,7 +206,14 @@ def test_positive_prompt_is_appended_after_one_space():
     ("arguments", "message"),
     [
         (dict(height=13), "image size 13x16 .* is off the grid of 4 pixels"),
-        (dict(prompt="red " * 600), "tokens with its size string; the limit is 512"),
+        (
+            dict(prompt="red " * 600),
+            f"^the prompt '{'red ' * 15}...' has 2... text tokens with its size string;"
+            " the limit is 512",
+        ),
+        (dict(negative_prompt="x" * 513), f"^the negative prompt '{'x' * 60}...' has 5.. text"),
+        (dict(guidance_scale=float("nan")), "^guidance_scale=nan must be a finite number"),
+        (dict(image_guidance_scale=float("inf")), "^image_guidance_scale=inf must be a finite"),
         (dict(image=np.zeros((8, 8))), "image must be a PIL image or uint8 .* got float64"),
         (dict(prompt="<image> <image>", image=Image.new("RGB", (8, 8))), "2 <image> tags for 1"),
         (dict(num_step=3), r"settings \['num_step'\] are unknown; SamplerConfig has \['interval'"),

@@ -193,3 +193,9 @@ def test_samples(task):
     assert task.num_samples({"images": np.zeros((4, 32, 32, 3), np.uint8)}) == 4
     batch = {"images": np.zeros((1, 2, 2, 3), np.uint8)}
     assert task.prepare(batch) is batch
+
+
+def test_a_damaged_image_is_named():
+    document = Document((Image(encoded=b"\xff\xd8\xff"),), "cats/a.jpg", "photos", "interleaved")
+    with pytest.raises(ValueError, match=r"document cats/a\.jpg of photos: cannot decode"):
+        tokenizer.first_image(document, 32)
