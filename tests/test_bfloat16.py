@@ -15,7 +15,7 @@ from tests import tiny_model
 
 CONFIG = tiny_model.CONFIG
 DTYPES = (jnp.float32, jnp.bfloat16)
-# Root mean square of the difference over that of the values.
+# Root mean square of the difference over that of the values; measured: 0.7 to 1.3e-2.
 BOUND = 3e-2
 
 
@@ -66,7 +66,6 @@ def test_forward_passes():
     assert (hidden.dtype, logits.dtype, velocity.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
     pairs = zip(results[jnp.bfloat16], results[jnp.float32], strict=True)
     errors = [relative_error(*pair) for pair in pairs]
-    print("forward", errors)
     assert max(errors) < BOUND
     assert min(errors) > 1e-4  # bfloat16 was indeed used.
 
@@ -81,7 +80,6 @@ def test_losses_of_training():
         for dtype in DTYPES
     ]
     errors = [relative_error(low, high) for high, low in zip(*losses, strict=True)]
-    print("losses", errors)
     assert {loss.dtype for loss in losses[1]} == {jnp.dtype("float32")}
     assert 0 < min(errors) and max(errors) < BOUND
 
@@ -105,5 +103,4 @@ def test_sampled_tokens():
     ]
     assert tokens[1].dtype == jnp.float32
     error = relative_error(tokens[1], tokens[0])
-    print("tokens", error)
     assert 1e-4 < error < BOUND

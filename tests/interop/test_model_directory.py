@@ -164,5 +164,5 @@ def test_the_pipeline_takes_the_settings(directory, tmp_path):
     assert pipe.model.dtype == jax.numpy.bfloat16
 
     write(tmp_path, {"decoder": {}}, {"guidance": 2.0})
-    with pytest.raises(ValueError, match=r"\['guidance'\] are unknown; Preset has"):
+    with pytest.raises(ValueError, match=r"\['guidance'\] are unknown; known are"):
         NextStepPipeline.from_pretrained(tmp_path)

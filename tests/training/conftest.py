@@ -28,12 +28,6 @@ TINY = {
         },
         "flow_head": {"width": 32, "num_layers": 1, "frequency_dim": 32, "draws_per_token": 2},
     },
-    "vae": {
-        "channels": 4,
-        "channel_multipliers": [1, 2, 2, 2],
-        "num_res_blocks": 1,
-        "num_groups": 2,
-    },
     "sources": {"pair": {"type": "shapes", "kind": "pair", "level": "easy"}},
     "data": {
         "row_length": 96,
@@ -47,6 +41,12 @@ TINY = {
     "loss": {"image_positions": 16, "text_chunk": 40},
     "optimizer": {"learning_rate": 1e-3, "warmup_steps": 4, "ema_decay": 0.9},
     "loop": {"num_steps": 8, "checkpoint_every": 4, "log_every": 1},
+}
+TINY_VAE = {
+    "channels": 4,
+    "channel_multipliers": [1, 2, 2, 2],
+    "num_res_blocks": 1,
+    "num_groups": 2,
 }
 
 
@@ -82,7 +82,7 @@ def make_vae():
 
 
 def _make_vae(**changes):
-    module = VAE(experiment.build(VAEConfig, {**TINY["vae"], **changes}, "vae"))
+    module = VAE(experiment.build(VAEConfig, {**TINY_VAE, **changes}, "vae"))
     shapes = jax.eval_shape(module.init, jax.random.key(7), jnp.zeros((1, 32, 32, 3)))["params"]
     params = _fill(shapes)
     return types.SimpleNamespace(

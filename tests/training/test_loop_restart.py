@@ -1,5 +1,6 @@
 """Runs that are killed: whole processes, the real task, the real data."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import types
 
 import pytest
 
+from nextstep_jax.training import experiment
 from nextstep_jax.training.checkpoint import save_tree
 from nextstep_jax.training.metrics import JSONL, read_metrics
 
@@ -29,7 +31,8 @@ def start(make_config, vae, tmp_path_factory):
     changes = {"num_steps": NUM_STEPS, "checkpoint_every": EVERY, "mesh": {"fsdp": -1}}
     config = make_config(loop=changes, data={"rows_per_batch": 2})
     save_tree(folder / "vae", vae.params)
-    spec = {"config": config, "vae_params": str(folder / "vae")}
+    vae_config = experiment.plain(dataclasses.asdict(vae.module.config))
+    spec = {"config": config, "vae": vae_config, "vae_params": str(folder / "vae")}
     (folder / "spec.json").write_text(json.dumps(spec))
     env = {
         **os.environ,

@@ -36,7 +36,7 @@ def main(spec_path, workdir):
     set_up_logging()
     flags.FLAGS.mark_as_parsed()
     spec = json.loads(pathlib.Path(spec_path).read_text())
-    vae = VAE(experiment.build(VAEConfig, spec["config"]["vae"], "vae"))
+    vae = VAE(experiment.build(VAEConfig, spec["vae"], "vae"))
     tokenizer = text_tokenizer.train_bpe([], len(text_tokenizer.SPECIAL_TOKENS) + 256)
     task, loop_config = experiment.build_nextstep_task(
         spec["config"], vae, load_tree(spec["vae_params"]), tokenizer
