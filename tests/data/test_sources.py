@@ -102,7 +102,7 @@ def test_hidden_files_are_passed_over(folder):
 
 @pytest.mark.parametrize("size", [0, -8, (32, 0)])
 def test_bad_sizes_are_refused(size, folder):
-    with pytest.raises(ValueError, match="image_size=.* must be a side or a"):
+    with pytest.raises(ValueError, match=r"image_size=.* must be a side or a"):
         sources.ImageFolderSource(folder, image_size=size)
 
 

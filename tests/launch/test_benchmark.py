@@ -128,7 +128,7 @@ def test_sampling_report(tmp_path, capsys):
 
 
 def test_a_second_order_solver_asks_the_head_twice_a_step(monkeypatch, capsys):
-    times = dict.fromkeys(("whole", "decoder", "head", "prefill"), [1.0])
+    times = {key: [1.0] for key in ("whole", "decoder", "head", "prefill")}
     monkeypatch.setattr(sampling_speed, "random_params", lambda *_: None)
     monkeypatch.setattr(sampling_speed, "measure", lambda *_: {"times_s": times})
     read = {}

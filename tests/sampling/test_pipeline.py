@@ -187,7 +187,7 @@ def test_the_tokens_of_input_images_are_no_length_of_the_prompt():
     # Area token, five characters of the size, and begin and end of the images, twice; "a".
     pipe.max_prompt_length = len(full) - 1024 - 1
     assert pipe.max_prompt_length < 16
-    with pytest.raises(ValueError, match="^the prompt 'a' has 1. text tokens"):
+    with pytest.raises(ValueError, match=r"^the prompt 'a' has 1. text tokens"):
         pipe._branches("a", "", grid, 1, 2.0, 1.5)
 
 
