@@ -3,7 +3,7 @@ r"""Samples pictures from a model directory.
 Examples:
     python launch/sample.py --checkpoint=runs/easy --prompt="a red circle" --num_images=4
     python launch/sample.py --checkpoint=runs/full --prompts_file=prompts.txt --guidance_scale=3
-    python launch/sample.py --checkpoint=runs/full --prompt="recolour the star to blue" \
+    python launch/sample.py --checkpoint=runs/full --prompt="<image>recolour the star to blue" \
         --image=scene.png --image_guidance_scale=2
 
 The folder --out gets one PNG an image, with the settings that made it as JSON under the key
@@ -29,11 +29,15 @@ from tqdm import tqdm
 import nextstep_jax
 from nextstep_jax.data.images import decode
 from nextstep_jax.evaluation.pictures import captioned_grid
+from nextstep_jax.flow.guidance import SCHEDULES
 from nextstep_jax.flow.solvers import SOLVERS
 from nextstep_jax.sampling.pipeline import NextStepPipeline, PipelineOutput, data_parallel_mesh
+from nextstep_jax.sampling.presets import PRESETS, get_preset
 from nextstep_jax.training.logs import set_up_logging
 
 METADATA_KEY = "nextstep_jax"
+# Flags named like the fields of `SamplerConfig` that they set.
+_SAMPLER_FLAGS = ("solver", "shift", "noise_level", "schedule", "interval", "renorm", "token_norm")
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -81,15 +85,21 @@ def check_folder(path: str) -> None:
 
 
 def load(args: argparse.Namespace) -> NextStepPipeline:
-    """The pipeline over all devices; bfloat16 on accelerators unless the flags say otherwise."""
+    """The pipeline over all devices; bfloat16 on accelerators unless the flags say otherwise.
+
+    A preset of the flags replaces that of the directory; single flags override both.
+    """
     name = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     mesh = data_parallel_mesh() if jax.device_count() > 1 else None
-    return NextStepPipeline.from_pretrained(args.checkpoint, dtype=_DTYPES[name], mesh=mesh)
+    pipe = NextStepPipeline.from_pretrained(args.checkpoint, dtype=_DTYPES[name], mesh=mesh)
+    if args.preset is not None:
+        pipe.preset = get_preset(args.preset)
+    return pipe
 
 
 def sample(pipe: NextStepPipeline, args: argparse.Namespace) -> PipelineOutput:
     """Samples what the flags ask for, with a progress bar over the tokens."""
-    sampler = {"solver": args.solver, "shift": args.shift}
+    sampler = {name: getattr(args, name) for name in _SAMPLER_FLAGS}
     # Not shown at once: bad input is to end with one line and nothing else.
     with tqdm(desc="sampling", unit="token", delay=0.1) as bar:
 
@@ -100,6 +110,7 @@ def sample(pipe: NextStepPipeline, args: argparse.Namespace) -> PipelineOutput:
         return pipe(
             read_prompts(args),
             negative_prompt=args.negative_prompt,
+            positive_prompt=args.positive_prompt,
             image=[read_image(path) for path in args.image] or None,
             height=args.height,
             width=args.width,
@@ -108,6 +119,7 @@ def sample(pipe: NextStepPipeline, args: argparse.Namespace) -> PipelineOutput:
             image_guidance_scale=args.image_guidance_scale,
             num_images_per_prompt=args.num_images,
             seed=args.seed,
+            shared_noise=args.shared_noise,
             callback=progress,
             batch_size=args.batch_size,
             chunk_tokens=args.chunk_tokens,
@@ -150,18 +162,28 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     add("--prompts_file", metavar="FILE", help="captions, one a line")
     add("--num_images", type=int, default=1, help="images of every prompt")
     add("--seed", type=int, default=0, help="seed of the first image of every prompt")
+    add("--shared_noise", action="store_true", help="all prompts take the noise of the first")
     add("--out", default="samples", metavar="DIR", help="folder for the pictures")
     add("--image", action="append", default=[], metavar="FILE", help="input image, for edits")
     defaults = parser.add_argument_group("settings; by default those of the model directory")
     add = defaults.add_argument
+    add("--preset", choices=PRESETS, help="published settings in place of the directory's")
+    add("--positive_prompt", help="appended to every prompt after one space")
     add("--negative_prompt", help="text of the unconditional branch")
-    add("--height", type=int, help="pixels")
-    add("--width", type=int, help="pixels")
+    add("--height", type=int, help="pixels; with the width on one of the aspect grids")
+    add("--width", type=int, help="pixels; an edit takes the aspect of its first --image")
     add("--steps", type=int, help="steps of the solver for every token")
     add("--solver", help=f"one of {', '.join(SOLVERS)}")
     add("--shift", type=float, help="shift of the solver's times")
+    add("--noise_level", type=float, help="strength of the noise of flow_sde and flow_cps")
     add("--guidance_scale", type=float, help="text guidance; 1 is none")
     add("--image_guidance_scale", type=float, help="guidance towards the input image; 1 is none")
+    add("--schedule", help=f"of the guidance over the tokens: one of {', '.join(SCHEDULES)}")
+    share = {"type": float, "nargs": 2, "metavar": ("START", "END")}
+    add("--interval", **share, help="shares of the tokens between which guidance acts")
+    switch = argparse.BooleanOptionalAction
+    add("--renorm", action=switch, help="never lengthen a velocity by guidance")
+    add("--token_norm", action=switch, help="normalise each sampled token")
     speed = parser.add_argument_group("computation")
     add = speed.add_argument
     add("--batch_size", type=int, default=16, help="images sampled together")

@@ -22,8 +22,9 @@ from nextstep_jax.sampling.presets import Preset
 # A prime, so that no other axis of a program has this length by chance.
 VOCAB_SIZE = 331
 PROMPTS = ("a red circle", "two blue squares left of a star", "a", "green", "a large red triangle")
-IMAGE_SIZE = (12, 16)
-GRID = (3, 4)
+# Not square, and one of the 17 aspect grids: 8x32 at a quarter of its base.
+IMAGE_SIZE = (8, 32)
+GRID = (2, 8)
 
 CONFIG = NextStepConfig(
     decoder=DecoderConfig(

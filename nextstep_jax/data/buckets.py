@@ -3,7 +3,8 @@
 NextStep-1 (arXiv 2508.10711) trains on 17 aspect ratios. At base 256 an image token covers 16
 pixels, and the grids run from 8 x 32 to 32 x 8 around the square of 16 x 16; bases 512, 768 and
 1024 multiply both sides by 2, 3 and 4. A base that is smaller or no multiple of 256 (the tiny
-models of a laptop) has the square, and those of the 17 shapes that scale to whole tokens.
+models of a laptop) has the square, and those of the 17 shapes that scale to whole tokens. Images
+are made in these shapes alone: others have never been trained.
 
 Words: a grid is (rows, columns) in image tokens; a size is (height, width) in pixels; stride is
 the number of pixels along one side of an image token.
@@ -25,6 +26,8 @@ ASPECT_GRIDS: tuple[Grid, ...] = (
 """The 17 published grids at base 256 with 16 pixels a token."""
 
 _SQUARE_SIDE = 16
+# Sizes that an error lists.
+_NUM_NEAREST = 4
 
 
 @functools.cache  # Asked for every image.
@@ -117,6 +120,71 @@ def grid_of(height: int, width: int, stride: int = 16) -> Grid:
         f"image size {height}x{width} (height x width) is off the grid of {stride} pixels; "
         f"the nearest sizes are {listed}"
     )
+
+
+def aspect_grid_of(height: int, width: int, stride: int = 16) -> Grid:
+    """The grid of an image of exactly this size, which must be one that some base has.
+
+    The bases are all multiples of `stride`, so that every square of whole tokens is one of them.
+
+    Raises:
+        ValueError: If no base has this size. The message lists the nearest sizes that are, by the
+            pixels added to or taken from the height plus those of the width.
+    """
+    if height > 0 and width > 0 and height % stride == 0 and width % stride == 0:
+        grid = height // stride, width // stride
+        if _side_of(grid) is not None:
+            return grid
+    nearest = ", ".join(image_key(size) for size in _nearest_sizes(height, width, stride))
+    raise ValueError(
+        f"image size {height}x{width} (height x width) is off the {len(ASPECT_GRIDS)} aspect grids"
+        f" with {stride} pixels a token; the nearest sizes are {nearest}"
+    )
+
+
+def base_of(grid: Grid, stride: int = 16) -> int:
+    """The base, in pixels, that has a grid: the inverse of `grids_of_base`.
+
+    There is never more than one, as no two of the 17 grids have the same aspect ratio.
+
+    Raises:
+        ValueError: If no base has the grid.
+    """
+    side = _side_of(grid)
+    if side is None:
+        raise ValueError(f"no base has the grid of {grid[0]} x {grid[1]} tokens")
+    return side * stride
+
+
+def _side_of(grid: Grid) -> int | None:
+    """Tokens along the side of the square of the base that has the grid."""
+    for rows, columns in ASPECT_GRIDS:
+        # The grid is (rows, columns) * side / 16 for a whole side.
+        side, remainder = divmod(grid[0] * _SQUARE_SIDE, rows)
+        if not remainder and side > 0 and grid[1] * _SQUARE_SIDE == columns * side:
+            return side
+    return None
+
+
+def _nearest_sizes(height: int, width: int, stride: int) -> list[Size]:
+    """The sizes of all bases that are nearest to one that is none of them, nearest first."""
+    sizes = set()
+    for rows, columns in ASPECT_GRIDS:
+        # The sizes of this shape are the multiples of a smallest one. Along them the distance
+        # falls and then rises, with corners where the height or the width is met: the nearest
+        # few lie around those corners.
+        divisor = math.gcd(rows, columns, _SQUARE_SIDE)
+        unit = rows // divisor * stride, columns // divisor * stride
+        for corner in (height // unit[0], width // unit[1]):
+            for factor in range(corner - _NUM_NEAREST, corner + _NUM_NEAREST + 1):
+                if factor > 0:
+                    sizes.add((factor * unit[0], factor * unit[1]))
+        sizes.add(unit)
+
+    def distance(size: Size) -> tuple[int, Size]:
+        return abs(size[0] - height) + abs(size[1] - width), size
+
+    return sorted(sizes, key=distance)[:_NUM_NEAREST]
 
 
 def image_key(size: Size) -> str:

@@ -18,6 +18,8 @@ Pixels = UInt8[np.ndarray, "height width 3"]
 
 # 16-bit grey: 65535 becomes 255. Pillow's own conversion would clip at 255.
 _GREY_16_SCALE = 257.0
+# What Pillow raises for files that are no image, damaged or absurdly large.
+_UNREADABLE = (OSError, SyntaxError, PIL.Image.DecompressionBombError)
 
 
 def decode(encoded: bytes) -> Pixels:
@@ -32,9 +34,22 @@ def decode(encoded: bytes) -> Pixels:
     """
     try:
         with PIL.Image.open(io.BytesIO(encoded)) as image:
-            image.load()
-            return np.asarray(_to_rgb(PIL.ImageOps.exif_transpose(image)))
-    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+            return rgb_of(image)
+    except _UNREADABLE as error:
+        raise ValueError(f"cannot decode the image: {error}") from error
+
+
+def rgb_of(image: PIL.Image.Image) -> Pixels:
+    """The pixels of a Pillow image of any kind, by the rules of `decode`.
+
+    Raises:
+        ValueError: If the pixels are floating-point, or their file is cut off or absurdly large
+            (Pillow reads it only now).
+    """
+    try:
+        image.load()
+        return np.asarray(_to_rgb(PIL.ImageOps.exif_transpose(image)))
+    except _UNREADABLE as error:
         raise ValueError(f"cannot decode the image: {error}") from error
 
 

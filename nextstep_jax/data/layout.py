@@ -188,16 +188,17 @@ def prompt_prefix(
 
     Args:
         caption: The prompt. Each `<image>` in it is the place of an input image; the tag itself
-            is not encoded. Without tags the input images stand first, as in the layout of edits.
+            is not encoded. Without tags the input images stand first, as in the layout of edits
+            (the released code has no such default: there a tag is required).
         grid: (rows, columns) of the image to make.
         tokenizer: Gives the ids.
-        input_grids: (rows, columns) of the input images. Their placeholders are to be replaced by
-            the images' tokens.
+        input_grids: (rows, columns) of the input images, in the order of their tags. Their
+            placeholders are to be replaced by the images' tokens.
 
     Raises:
         ValueError: If the number of tags, where there are any, is not that of the input images.
     """
-    pieces = caption.split(IMAGE_TAG) if input_grids else [caption]
+    pieces = caption.split(IMAGE_TAG)
     if len(pieces) == 1:
         pieces = [""] * len(input_grids) + pieces
     if len(pieces) != len(input_grids) + 1:

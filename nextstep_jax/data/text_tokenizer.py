@@ -1,15 +1,18 @@
 """Text tokens: a byte-level BPE tokenizer with the special tokens of NextStep-1.
 
 The released model (arXiv 2508.10711) uses the Qwen2.5 tokenizer and a handful of added tokens for
-images; `TextTokenizer.from_file` reads its `tokenizer.json`. Small models train their own with
-`train_bpe`. Special tokens are placed by the layout alone (`data/layout.py`): their spelling
-inside a user's text is ordinary text, so that a caption cannot open an image.
+images; `TextTokenizer.from_file` reads its `tokenizer.json`. `extend_for_images` adds those tokens
+to a plain Qwen2.5 file; small models train their own with `train_bpe`. Special tokens are placed by
+the layout alone (`data/layout.py`): their spelling inside a user's text is ordinary text, so that a
+caption cannot open an image.
 """
 
+import collections
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -46,6 +49,10 @@ OPTIONAL_TOKENS: tuple[str, ...] = (
 
 SPECIAL_TOKENS: tuple[str, ...] = (*CONFIG_FIELDS.values(), *OPTIONAL_TOKENS)
 
+# Some releases have these as well. Nothing here places them.
+RESERVED_TOKENS: tuple[str, ...] = ("<|beginoftext|>", "<|image_end_of_line|>")
+
+_NEVER_IN_TEXT = frozenset((*SPECIAL_TOKENS, *RESERVED_TOKENS))
 
 Ids = Sequence[int] | Integer[np.ndarray, " length"]
 
@@ -66,8 +73,8 @@ class TextTokenizer:
         """Builds the tokenizer from the text of a `tokenizer.json`.
 
         Raises:
-            ValueError: If the definition cannot be read or lacks a special token (all missing
-                ones are listed).
+            ValueError: If the definition cannot be read, lacks a special token (all missing ones
+                are listed) or gives two tokens one id.
         """
         try:
             fields = json.loads(definition)
@@ -75,10 +82,10 @@ class TextTokenizer:
             # Only a token marked special can be told to stay out of ordinary text, and some
             # published files mark none of the added ones.
             for token in added:
-                if token["content"] in SPECIAL_TOKENS:
+                if token["content"] in _NEVER_IN_TEXT:
                     token["special"] = True
             self._definition = json.dumps(fields, ensure_ascii=False)
-            self._tokenizer = tokenizers.Tokenizer.from_str(self._definition)
+            self._tokenizer = _load(self._definition, fields)
         except Exception as error:  # The library raises bare Exception for a bad definition.
             raise ValueError(f"not the content of a tokenizer.json: {error!r}") from error
         self._tokenizer.encode_special_tokens = True
@@ -163,6 +170,64 @@ class TextTokenizer:
             )
         if problems:
             raise ValueError("tokenizer and model config differ: " + "; ".join(problems))
+
+
+def _load(definition: str, fields: dict[str, Any]) -> tokenizers.Tokenizer:
+    """The library's tokenizer, with added tokens at the ids that the file states.
+
+    The library counts them on from the vocabulary instead, which is the same unless the ids have
+    gaps. Tokens of the vocabulary itself stay where they are, and a merge never makes these.
+    """
+    tokenizer = tokenizers.Tokenizer.from_str(definition)
+    stated = {token["content"]: token["id"] for token in fields["added_tokens"]}
+    moved = {name: i for name, i in stated.items() if tokenizer.token_to_id(name) != i}
+    if not moved:
+        return tokenizer
+    vocabulary = {**fields["model"]["vocab"], **stated}
+    taken = collections.Counter(vocabulary.values())
+    double = sorted(name for name, i in moved.items() if taken[i] > 1)
+    if double:
+        raise ValueError(f"the ids of {', '.join(double)} belong to other tokens as well")
+    model = {**fields["model"], "vocab": vocabulary}
+    return tokenizers.Tokenizer.from_str(json.dumps({**fields, "model": model}))
+
+
+def extend_for_images(definition: str) -> tuple[str, dict[str, int]]:
+    """Adds the special tokens of NextStep-1 to the tokenizer of a plain language model.
+
+    New tokens take the ids after the largest one, in the published order; those of Qwen2.5 thus
+    become the published ones, 151665 for the padding and so on. What exists already keeps its id.
+    The model needs an embedding row for each new id.
+
+    Args:
+        definition: The text of a `tokenizer.json`, such as Qwen2.5's.
+
+    Returns:
+        The text of the extended `tokenizer.json`, and the id of every field of `NextStepConfig`
+        that holds one: those of `CONFIG_FIELDS`.
+
+    Raises:
+        ValueError: If the definition cannot be read, or has no end of text token.
+    """
+    try:
+        fields = json.loads(definition)
+        added, vocabulary = fields["added_tokens"], fields["model"]["vocab"]
+        ids = {**vocabulary, **{token["content"]: token["id"] for token in added}}
+        largest = max(ids.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not the content of a tokenizer.json: {error!r}") from error
+    known = {token["content"] for token in added}
+    if EOS not in known:
+        raise ValueError(f"the tokenizer has no {EOS}, which ends a text and is no image token")
+    # Matched as spelled, wherever it stands; nothing around it is swallowed.
+    plain = {name: False for name in ("single_word", "lstrip", "rstrip", "normalized")}
+    for name in SPECIAL_TOKENS:
+        if name not in known:
+            largest += 1
+            added.append({"id": largest, "content": name, **plain, "special": True})
+    extended = json.dumps(fields, ensure_ascii=False)
+    tokenizer = TextTokenizer(extended)
+    return extended, {field: getattr(tokenizer, field) for field in CONFIG_FIELDS}
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:

@@ -92,8 +92,7 @@ def guidance_scale_at(
 
     "falling" and "rising" are the two published schedules that both go by the name "linear":
     1 + (w - 1) (N - n) / N in the code of August 2025, max(w / 2, 1 + (w - 1) n / N) in that of
-    February 2026. The published formulas concern the text scale; to schedule the image scale of
-    an edit as well, call this a second time.
+    February 2026. Both apply the formula to the image scale of an edit as well: one call each.
 
     Args:
         schedule: One of `SCHEDULES`.

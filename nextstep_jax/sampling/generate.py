@@ -226,9 +226,22 @@ def sample_token(
     Returns:
         float32 tokens, normalised if the config says so.
     """
+    condition = model.apply({"params": params}, hidden, position, method="condition")
+    return integrate_token(model, params, condition, time_embedding, noise, scales, config)
+
+
+def integrate_token(
+    model: NextStep,
+    params: Any,
+    condition: Float[Array, "rows embed"],
+    time_embedding: Float[Array, "evaluations width"],
+    noise: Float[Array, "noises batch token"],
+    scales: tuple[Any, Any],
+    config: SamplerConfig,
+) -> Float[Array, "batch token"]:
+    """`sample_token` from the conditions of the flow head: the flow integrated under guidance."""
     variables, batch = {"params": params}, noise.shape[1]
-    branches = hidden.shape[0] // batch
-    condition = model.apply(variables, hidden, position, method="condition")
+    branches = condition.shape[0] // batch
     # All steps at once: the modulations' weights are read once a token, not once a step.
     modulations = model.apply(variables, time_embedding, condition, method="flow_modulations")
 
@@ -279,13 +292,16 @@ def sample_step(
     rows = state.hidden.shape[0]
     if noise is None:
         noise = draw_noise(state.keys, state.index, config.num_noises, token_dim)
-    scale = guidance_scale_at(
-        config.schedule, guidance[0], state.index, num_tokens, interval=config.interval
+    # The released code schedules both scales alike.
+    at = (state.index, num_tokens)
+    scales = tuple(
+        guidance_scale_at(config.schedule, scale, *at, interval=config.interval)
+        for scale in (guidance[0], guidance[1])
     )
     position = None
     if model.config.use_gen_pos_embed:
         position = jnp.asarray(gen_position_table(model.config))[state.index]
-    args = (state.hidden, time_embedding, noise, (scale, guidance[1]), config, position)
+    args = (state.hidden, time_embedding, noise, scales, config, position)
     token = sample_token(model, params, *args)
     x = jnp.repeat(token, rows // batch, axis=0)[:, None]
     variables = {"params": params}

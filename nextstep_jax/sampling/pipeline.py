@@ -23,11 +23,8 @@ from flax import linen as nn
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from nextstep_jax.data.buckets import grid_of
-from nextstep_jax.data.images import resize_cover
-from nextstep_jax.data.layout import prompt_prefix
 from nextstep_jax.data.text_tokenizer import TextTokenizer
-from nextstep_jax.models.nextstep import NextStep, unrolled
+from nextstep_jax.models.nextstep import NextStep, init_params, unrolled
 from nextstep_jax.models.vae import VAE, from_uint8, to_uint8
 from nextstep_jax.parallel import sharding
 from nextstep_jax.parallel.mesh import make_mesh
@@ -43,13 +40,18 @@ from nextstep_jax.sampling.presets import (
     preset_from_settings,
     replace_fields,
 )
+from nextstep_jax.sampling.requests import (
+    InputImage,
+    Request,
+    first_seeds,
+    fit_inputs,
+    guidance_branches,
+    input_images,
+    output_grid,
+)
 
 # Prompts are padded to a multiple of this, so that few lengths are compiled.
 _PROMPT_MULTIPLE = 32
-# Seeds are the 32-bit words that typed keys are made of.
-_NUM_SEEDS = 2**32
-# Characters of a prompt that an error message repeats.
-_QUOTED_PROMPT = 60
 # (tokens done, tokens in all) of a call; the images of a batch count once.
 Callback = Callable[[int, int], None]
 
@@ -69,15 +71,6 @@ class PipelineOutput:
     settings: list[dict[str, Any]]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Request:
-    """One image to be made: ids of its branches, which of them see the input images, its seed."""
-
-    branches: tuple[tuple[int, ...], ...]
-    sees_inputs: tuple[bool, ...]
-    seed: int
-
-
 class NextStepPipeline:
     """A model with its tokenizers, ready to sample.
 
@@ -89,7 +82,8 @@ class NextStepPipeline:
         tokenizer: The text tokenizer.
         preset: Default settings.
         image_size: Default (height, width) in pixels.
-        mesh: Devices over which the images of a batch are spread, or None for one device.
+        mesh: Devices over which the images of a batch are spread, and the parameters where its
+            fsdp and tensor axes are larger than 1; or None for one device.
         max_prompt_length: Longest prompt in text tokens, with the size strings; the tokens of
             input images do not count.
         step: The training step of the parameters, if known.
@@ -118,44 +112,54 @@ class NextStepPipeline:
         self.image_size, self.mesh = tuple(image_size), mesh
         self.max_prompt_length, self.step = max_prompt_length, step
         if mesh is not None:
-            everywhere = sharding.replicated(mesh)
-            self.params = jax.device_put(self.params, everywhere)
-            self.vae_params = jax.device_put(self.vae_params, everywhere)
+            init = functools.partial(init_params, self.model)
+            boxed = jax.eval_shape(init, jax.random.key(0))
+            self.params = jax.device_put(self.params, sharding.tree_shardings(boxed, mesh))
+            self.vae_params = jax.device_put(self.vae_params, sharding.replicated(mesh))
 
     @classmethod
     def from_pretrained(
         cls,
         directory: str | pathlib.Path,
         *,
+        vae: str | pathlib.Path | None = None,
         dtype: Any = jnp.float32,
         mesh: jax.sharding.Mesh | None = None,
+        preset: str | None = None,
     ) -> "NextStepPipeline":
-        """Reads a model directory, such as the workdir of a training run.
+        """Reads a model directory, such as the workdir of a training run, or a published model.
 
         Args:
-            directory: See `interop.model_directory`.
+            directory: See `interop.model_directory`; or the folder of a published NextStep-1 or
+                1.1 as it is: config.json, safetensors, tokenizer.json.
+            vae: The folder of a published model's image tokenizer, if not `directory/vae`.
             dtype: Dtype of the parameters and of the computation.
-            mesh: Devices to spread images over.
+            mesh: Devices to spread images over, and the parameters as the sharding rules say.
+            preset: Name of the settings to sample with; by default the directory's own, or those
+                of the published model's generation.
 
         Raises:
             FileNotFoundError: Something is missing in the directory.
-            ValueError: The directory is of another format, or has unknown sampling settings.
+            ValueError: The directory is of another format, its tensors or ids are not those of its
+                config, or it has unknown sampling settings.
         """
         # Here alone sampling reaches up: what users hold has to read what is on disk.
-        from nextstep_jax.interop.model_directory import read_model_directory
+        from nextstep_jax.interop.pretrained import read_pretrained
 
-        read = read_model_directory(pathlib.Path(directory))
+        chosen = None if preset is None else get_preset(preset)
+        folder = None if vae is None else pathlib.Path(vae)
+        read = read_pretrained(pathlib.Path(directory), vae=folder, dtype=dtype, mesh=mesh)
+        if read.tokenizer is None:
+            raise FileNotFoundError(f"{directory} has no tokenizer.json: it cannot be prompted")
         settings = dict(read.sampling)
         image_size = tuple(settings.pop("image_size", (512, 512)))
-        preset = preset_from_settings(settings)
-        cast = functools.partial(jnp.asarray, dtype=dtype)
         return cls(
             NextStep(read.config, dtype=dtype),
-            jax.tree.map(cast, read.params),
+            read.params,
             VAE(read.vae_config, dtype=dtype),
             read.vae_params,
             read.tokenizer,
-            preset=preset,
+            preset=chosen or preset_from_settings(settings),
             image_size=image_size,
             mesh=mesh,
             step=read.step,
@@ -176,6 +180,7 @@ class NextStepPipeline:
         callback: Callback | None = None,
         *,
         positive_prompt: str | None = None,
+        shared_noise: bool = False,
         batch_size: int = 16,
         chunk_tokens: int = 64,
         **sampler: Any,
@@ -183,78 +188,65 @@ class NextStepPipeline:
         """Samples images.
 
         Args:
-            prompt: One caption or several. For edits the place of an input image may be marked
-                by `<image>`.
-            negative_prompt: Text of the unconditional branch.
-            image: Input image or images of every prompt (PIL or uint8 arrays), for edits.
-            height: Pixels; a multiple of the pixels of a token.
+            prompt: One caption or several. For edits the place of each input image is marked by
+                `<image>`; without any mark they stand first.
+            negative_prompt: Text of the unconditional branch, where it stands alone, without the
+                input images (as published).
+            image: Input image or images of every prompt (PIL of any mode, or uint8 arrays), for
+                edits. Each is fitted to its nearest aspect grid at the base of the output.
+            height: Pixels; with the width on one of the 17 aspect grids at some base, as every
+                square of whole tokens is. By default that of `image_size`; but where there are
+                input images and neither side is given, the output takes the aspect of the first.
             width: Pixels.
             num_inference_steps: Steps of the solver for every token.
             guidance_scale: Text guidance; 1 leaves the unconditional branch out.
-            image_guidance_scale: Guidance towards the input image; 1 leaves its branch out.
+            image_guidance_scale: Guidance towards the input images; 1 leaves its branch out.
             num_images_per_prompt: Images of every prompt.
             seed: Seed of the first image of every prompt, or one seed a prompt; image j of a
                 prompt has the seed `seed + j`.
             callback: Called with (tokens done, tokens in all) of the call, where the images of a
                 batch count once.
             positive_prompt: Appended to every prompt after one space.
+            shared_noise: All prompts take the seeds of the first: one noise for all captions,
+                another for each image of a caption, as the released code draws it.
             batch_size: Images sampled together.
             chunk_tokens: Tokens between two calls of the callback.
             **sampler: Fields of `SamplerConfig`.
 
         Raises:
-            ValueError: A size off the grid, a prompt that is too long, a guidance scale that is
-                not finite, a seed out of range, unknown settings; before anything runs on the
-                device.
+            ValueError: A size off the aspect grids, a prompt that is too long, tags and input
+                images that differ in number, a guidance scale that is not finite, a seed out of
+                range, unknown settings; before anything runs on the device.
         """
-        preset = self.preset
         if num_inference_steps is not None:
             sampler["num_steps"] = num_inference_steps
-        config = replace_fields(preset.sampler, sampler)
-        scale = _or(guidance_scale, preset.guidance_scale)
-        image_scale = _or(image_guidance_scale, preset.image_guidance_scale)
-        for name, number in {"guidance_scale": scale, "image_guidance_scale": image_scale}.items():
-            if not math.isfinite(number):
-                raise ValueError(f"{name}={number} must be a finite number")
-        size = (_or(height, self.image_size[0]), _or(width, self.image_size[1]))
-        grid = grid_of(*size, self.model.config.pixels_per_token)
+        given = {
+            "guidance_scale": guidance_scale,
+            "image_guidance_scale": image_guidance_scale,
+            "positive_prompt": positive_prompt,
+            "negative_prompt": negative_prompt,
+        }
+        preset = dataclasses.replace(
+            self.preset,
+            sampler=replace_fields(self.preset.sampler, sampler),
+            **{name: value for name, value in given.items() if value is not None},
+        )
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         sizes = {"batch_size": batch_size, "chunk_tokens": chunk_tokens, "prompts": len(prompts)}
         for name, number in {**sizes, "num_images_per_prompt": num_images_per_prompt}.items():
             if number < 1:
                 raise ValueError(f"{name}={number} must be at least 1")
-        seeds = _seeds(seed, len(prompts), num_images_per_prompt)
-        positive = _or(positive_prompt, preset.positive_prompt)
-        negative = _or(negative_prompt, preset.negative_prompt)
-        inputs = _fit_inputs(image, size)
-
-        requests, settings = [], []
-        for text, first_seed in zip(prompts, seeds, strict=True):
-            full = f"{text} {positive}" if positive else text
-            branches, sees_inputs = self._branches(
-                full, negative, grid, len(inputs), scale, image_scale
-            )
-            for j in range(num_images_per_prompt):
-                requests.append(_Request(branches, sees_inputs, first_seed + j))
-                settings.append(
-                    {
-                        "prompt": text,
-                        "positive_prompt": positive,
-                        "negative_prompt": negative,
-                        "seed": first_seed + j,
-                        "height": size[0],
-                        "width": size[1],
-                        "guidance_scale": scale,
-                        "image_guidance_scale": image_scale,
-                        **dataclasses.asdict(config),
-                    }
-                )
-        guidance = np.array([scale, image_scale], np.float32)
+        seeds = first_seeds(seed, len(prompts), num_images_per_prompt, shared_noise=shared_noise)
+        stride = self.model.config.pixels_per_token
+        inputs = input_images(image)
+        grid = output_grid(height, width, self.image_size, inputs, stride)
+        inputs = fit_inputs(inputs, grid, stride)
+        plan = (prompts, preset, grid, inputs, seeds, num_images_per_prompt)
+        requests, settings = self._requests(*plan, shared_noise=shared_noise)
+        scales = np.array([preset.guidance_scale, preset.image_guidance_scale], np.float32)
         batch_size = self._whole_batch(min(batch_size, len(requests)))
-        input_tokens = self._encode(inputs)
-        tokens = self._run(
-            requests, input_tokens, guidance, config, grid, batch_size, chunk_tokens, callback
-        )
+        run = (preset.sampler, grid, batch_size, chunk_tokens, callback)
+        tokens = self._run(requests, self._encode(inputs), scales, *run)
         pixels = self.decode(tokens, grid, batch_size)
         return PipelineOutput([Image.fromarray(p) for p in pixels], tokens, settings)
 
@@ -273,42 +265,39 @@ class NextStepPipeline:
             pixels.append(np.asarray(decoded)[: len(tokens) - start])
         return np.concatenate(pixels)
 
-    def _encode(self, inputs: list[np.ndarray]) -> np.ndarray | None:
+    def _requests(
+        self, prompts, preset, grid, inputs, seeds, num_images, **also
+    ) -> tuple[list[Request], list[dict[str, Any]]]:
+        """What is to be made, image by image, and the settings that make each."""
+        stride = self.model.config.pixels_per_token
+        input_grids = [(p.shape[0] // stride, p.shape[1] // stride) for p in inputs]
+        limit = self.max_prompt_length
+        requests, settings = [], []
+        for text, first_seed in zip(prompts, seeds, strict=True):
+            branches = guidance_branches(text, preset, grid, input_grids, self.tokenizer, limit)
+            for one_seed in range(first_seed, first_seed + num_images):
+                requests.append(Request(*branches, one_seed))
+                settings.append(
+                    {
+                        "prompt": text,
+                        "positive_prompt": preset.positive_prompt,
+                        "negative_prompt": preset.negative_prompt,
+                        "seed": one_seed,
+                        "height": grid[0] * stride,
+                        "width": grid[1] * stride,
+                        "guidance_scale": preset.guidance_scale,
+                        "image_guidance_scale": preset.image_guidance_scale,
+                        **also,
+                        **dataclasses.asdict(preset.sampler),
+                    }
+                )
+        return requests, settings
+
+    def _encode(self, inputs: list[InputImage]) -> np.ndarray | None:
         """The tokens of all input images, one after another; None without any."""
         patch_size = self.model.config.patch_size
         tokens = [_encode(self.vae, self.vae_params, p[None], patch_size)[0] for p in inputs]
         return np.concatenate([np.asarray(t) for t in tokens]) if tokens else None
-
-    def _branches(self, prompt, negative, grid, num_inputs, scale, image_scale) -> tuple:
-        """Ids of the 1 to 3 guidance branches (arXiv 2508.10711, eq 4), and which see the inputs.
-
-        Order: everything; the input images with the negative prompt; the negative prompt alone.
-        """
-        with_inputs = functools.partial(
-            prompt_prefix, grid=grid, tokenizer=self.tokenizer, input_grids=[grid] * num_inputs
-        )
-        branches, sees_inputs = [with_inputs(prompt)], [num_inputs > 0]
-        names = ["prompt", "negative prompt", "negative prompt"]
-        three = num_inputs > 0 and image_scale != 1.0
-        # At an image scale of 1 the last branch of three cancels; without inputs the middle one.
-        if three or (num_inputs and scale != 1.0):
-            branches.append(with_inputs(negative))
-            sees_inputs.append(True)
-        if three or (not num_inputs and scale != 1.0):
-            branches.append(prompt_prefix(negative, grid, self.tokenizer))
-            sees_inputs.append(False)
-        # The tokens of an input image follow from its size, which nobody can shorten as a text.
-        placeholder = self.model.config.image_placeholder_id
-        for name, ids in zip(names, branches, strict=False):
-            num_text = len(ids) - ids.count(placeholder)
-            if num_text > self.max_prompt_length:
-                text = prompt if name == "prompt" else negative
-                cut = text if len(text) <= _QUOTED_PROMPT else text[:_QUOTED_PROMPT] + "..."
-                raise ValueError(
-                    f"the {name} {cut!r} has {num_text} text tokens with its size string;"
-                    f" the limit is {self.max_prompt_length}"
-                )
-        return tuple(tuple(ids) for ids in branches), tuple(sees_inputs)
 
     def _run(
         self, requests, input_tokens, guidance, config, grid, batch_size, chunk_tokens, callback
@@ -389,33 +378,3 @@ def data_parallel_mesh() -> jax.sharding.Mesh:
 def _fill(x: np.ndarray, size: int) -> np.ndarray:
     """Repeats the last row until there are `size`, so that one program serves all batches."""
     return np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)]) if len(x) < size else x
-
-
-def _fit_inputs(image: Any, size: tuple[int, int]) -> list[np.ndarray]:
-    """Input images, PIL or uint8 arrays, as uint8 arrays of the size of the output."""
-    images = [] if image is None else image if isinstance(image, list | tuple) else [image]
-    fitted = []
-    for one in images:
-        pixels = np.asarray(one.convert("RGB") if isinstance(one, Image.Image) else one)
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
-            raise ValueError(
-                f"image must be a PIL image or uint8 (height, width, 3),"
-                f" got {pixels.dtype} {pixels.shape}"
-            )
-        fitted.append(resize_cover(pixels, *size))
-    return fitted
-
-
-def _seeds(seed: int | Sequence[int], num_prompts: int, num_images: int) -> list[int]:
-    """The seed of the first image of every prompt."""
-    one = isinstance(seed, int | np.integer)
-    seeds = [int(seed)] * num_prompts if one else [int(value) for value in seed]
-    if len(seeds) != num_prompts:
-        raise ValueError(f"seed: {len(seeds)} seeds for {num_prompts} prompts")
-    if min(seeds) < 0 or max(seeds) + num_images > _NUM_SEEDS:
-        raise ValueError(f"seeds of images must lie in [0, {_NUM_SEEDS}), got {seed}")
-    return seeds
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value

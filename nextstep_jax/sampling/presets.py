@@ -5,6 +5,7 @@ The model card of NextStep-1 shows 28 steps without the token norm; pass those t
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,12 @@ class Preset:
     image_guidance_scale: float = 1.0
     positive_prompt: str = ""
     negative_prompt: str = ""
+
+    def __post_init__(self):
+        """Refuses scales that would make every velocity infinite."""
+        for name in ("guidance_scale", "image_guidance_scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)} must be a finite number")
 
 
 _NEGATIVE = (

@@ -76,6 +76,65 @@ def test_grid_of_and_its_error():
         buckets.grid_of(5, 32)
 
 
+def test_aspect_grids_are_those_of_all_bases():
+    """Against the grids of every base, over all of up to 70 x 70 tokens."""
+    # No grid is smaller than its square in both directions: further bases have none of these.
+    sides = range(1, 71)
+    listed = {grid: side for side in sides for grid in buckets.grids_of_base(side * 16)}
+    assert len(listed) > 100 and listed[22, 46] == 32
+    for rows in range(1, 71):
+        for columns in range(1, 71):
+            grid = (rows, columns)
+            if side := listed.get(grid):
+                assert buckets.aspect_grid_of(rows * 4, columns * 4, 4) == grid
+                assert buckets.base_of(grid, 4) == side * 4
+            elif (rows + 3 * columns) % 23 == 0:  # The messages take their time.
+                with pytest.raises(ValueError, match="off the 17 aspect grids with 4 pixels"):
+                    buckets.aspect_grid_of(rows * 4, columns * 4, 4)
+                with pytest.raises(ValueError, match=f"no base has the grid of {rows} x {columns}"):
+                    buckets.base_of(grid, 4)
+
+
+def test_no_grid_has_two_bases():
+    seen = [grid for side in range(1, 71) for grid in buckets.grids_of_base(side * 16)]
+    assert len(set(seen)) == len(seen)
+    assert buckets.base_of((26, 38)) == 512 and buckets.base_of((64, 16)) == 512
+    assert buckets.base_of((5, 5), stride=8) == 40
+
+
+@pytest.mark.parametrize(
+    ("size", "stride"),
+    [((512, 500), 16), ((512, 768), 16), ((1, 5000), 16), ((70, 33), 4), ((500, 2000), 8)],
+)
+def test_nearest_sizes_are_the_nearest(size, stride):
+    """Against a search through every base that could matter."""
+    with pytest.raises(ValueError) as error:
+        buckets.aspect_grid_of(*size, stride)
+    sides = range(1, 3 * max(size) // stride + 3)
+    sizes = [
+        (rows * stride, columns * stride)
+        for side in sides
+        for rows, columns in buckets.grids_of_base(side * stride, stride=stride)
+    ]
+    distance = {s: abs(s[0] - size[0]) + abs(s[1] - size[1]) for s in sizes}
+    shown = [buckets.parse_image_key(s) for s in str(error.value).split(" are ")[1].split(", ")]
+    assert [distance[s] for s in shown] == sorted(distance.values())[:4]
+    for one in shown:  # What is proposed is accepted.
+        buckets.aspect_grid_of(*one, stride)
+
+
+def test_the_message_of_a_size_off_the_grid():
+    with pytest.raises(ValueError) as error:
+        buckets.aspect_grid_of(512, 500)
+    assert str(error.value) == (
+        "image size 512x500 (height x width) is off the 17 aspect grids with 16 pixels a token;"
+        " the nearest sizes are 512x512, 496x496, 528x528, 480x480"
+    )
+    for size in ((0, 16), (-16, 16), (8, 8)):
+        with pytest.raises(ValueError, match="the nearest sizes are 16x16, 32x32"):
+            buckets.aspect_grid_of(*size)
+
+
 def test_image_keys_are_ordered_as_numbers():
     keys = ["128x128", "64x128", "64x64"]
     assert sorted(keys) == keys

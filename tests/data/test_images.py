@@ -113,6 +113,21 @@ def test_damaged_files_are_refused(monkeypatch):
         images.decode(encoded(PIL.Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF"))
 
 
+def test_rgb_of_an_open_image():
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 8
+    grey = PIL.Image.fromarray(GREY)
+    opened = PIL.Image.open(io.BytesIO(encoded(grey, exif=exif.tobytes())))
+    np.testing.assert_array_equal(images.rgb_of(opened), EXIF[8](rgb(GREY)))
+    np.testing.assert_array_equal(images.rgb_of(grey), rgb(GREY))
+    with pytest.raises(ValueError, match="floating-point pixels have no known range"):
+        images.rgb_of(PIL.Image.new("F", (2, 2)))
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    cut = encoded(PIL.Image.fromarray(noise))[:4000]
+    with pytest.raises(ValueError, match=r"cannot decode the image: .*truncated"):
+        images.rgb_of(PIL.Image.open(io.BytesIO(cut)))
+
+
 def test_resize_cover_crops_the_middle():
     tall = np.arange(16, dtype=np.uint8).repeat(8 * 3).reshape(16, 8, 3)
     np.testing.assert_array_equal(images.resize_cover(tall, 8, 8), tall[4:12])

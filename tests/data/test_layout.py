@@ -167,8 +167,13 @@ def test_prompts_begin_like_the_training_layout(tokenizer):
     prefix = layout.prompt_prefix("a<image>b<image>", (2, 2), tokenizer, [(2, 2)] * 2)
     assert story.token_ids[: len(prefix)].tolist() == prefix
 
-    # Without input images the tag is text like any other.
-    assert layout.prompt_prefix("<image>", (2, 2), tokenizer)[:7] == tokenizer.encode("<image>")
+    # Images of unequal grids, in the order of the tags.
+    prefix = layout.prompt_prefix("a<image><image>b", (2, 2), tokenizer, [(1, 2), (2, 1)])
+    images = [[AREA, ONE, STAR, TWO, BOI, X, X, EOI], [AREA, TWO, STAR, ONE, BOI, X, X, EOI]]
+    assert prefix == [A, *images[0], *images[1], B, AREA, TWO, STAR, TWO, BOI]
+
+    with pytest.raises(ValueError, match="1 <image> tags for 0 input images"):
+        layout.prompt_prefix("<image>", (2, 2), tokenizer)
     with pytest.raises(ValueError, match="2 <image> tags for 1 input images"):
         layout.prompt_prefix("<image> <image>", (2, 2), tokenizer, [(2, 2)])
 

@@ -1,10 +1,13 @@
 import dataclasses
 import json
 import pickle
+import subprocess
+import sys
 
 import pytest
 
 from nextstep_jax.data import text_tokenizer as tt
+from tests import published_tokenizer as published
 
 TEXTS = ["a red circle above a blue square", "two green stars", "ein grüner Kreis", "3 + 4 = 7"]
 
@@ -130,3 +133,117 @@ def test_check_lists_every_difference(tokenizer, model_config):
 def test_too_small_a_vocabulary_is_refused():
     with pytest.raises(ValueError, match="vocab_size=265 must be at least 266"):
         tt.train_bpe(TEXTS, 265)
+
+
+@pytest.mark.parametrize("image_tokens_special", [True, False])
+@pytest.mark.parametrize("normalized", [True, False])
+def test_a_file_laid_out_as_published(image_tokens_special, normalized, tmp_path):
+    """Vocabulary, Qwen's 22 tokens, then those of images, marked special or not."""
+    fields = json.loads(published.build(image_tokens_special=image_tokens_special))
+    for token in fields["added_tokens"]:
+        token["normalized"] = normalized and not token["special"]
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(fields))
+    tokenizer = tt.TextTokenizer.from_file(path)
+    # The published distances: 22 ids from the end of text to the padding, and so on.
+    names = ("eos", "pad", "image_area", "boi", "eoi", "image_placeholder")
+    ids = [getattr(tokenizer, f"{name}_id") for name in names]
+    assert [i - 400 for i in ids] == [
+        i - 151_643 for i in (151_643, 151_665, 151_666, 151_667, 151_668, 151_669)
+    ]
+    assert tokenizer.vocab_size == 400 + 33
+    assert tokenizer.decode(range(400, 433)) == "".join(published.ALL_TOKENS)
+    for name in (*tt.SPECIAL_TOKENS, *tt.RESERVED_TOKENS):
+        assert name in published.ALL_TOKENS
+        text = f"draw {name}, {name}{name}"
+        ids = tokenizer.encode(text)
+        assert max(ids) < 400 and tokenizer.decode(ids) == text
+    for text in (published.TEXT, "l'été \r\n  ½ 圆形 🟦"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_pre_tokenizer_of_the_published_layout():
+    tokenizer = tt.TextTokenizer(published.build())
+    spelled = [tokenizer.decode([i]) for i in tokenizer.encode("circle's 32*32")]
+    assert spelled[-6:] == [" ", "3", "2", "*", "3", "2"]  # Digits never merge.
+    assert "'s" in spelled
+    # NFC: a letter and its accent are the accented letter.
+    assert tokenizer.encode("e\u0301te\u0301") == tokenizer.encode("été")
+
+
+def test_check_against_the_ids_of_a_published_layout(model_config):
+    tokenizer = tt.TextTokenizer(published.build())
+    fields = {field: getattr(tokenizer, field) for field in tt.CONFIG_FIELDS}
+    config = dataclasses.replace(model_config, **fields)
+    tokenizer.check(config)
+    with pytest.raises(ValueError, match=r"boi_id: the tokenizer has 424 .*, the model config 425"):
+        tokenizer.check(dataclasses.replace(config, boi_id=425))
+
+
+def plain_qwen(ids):
+    """A tokenizer without image tokens, whose added tokens have these ids."""
+    fields = json.loads(published.build(added=()))
+    fields["added_tokens"] = [
+        {"id": i, "content": name, "special": True, "normalized": False}
+        | {"single_word": False, "lstrip": False, "rstrip": False}
+        for name, i in ids.items()
+    ]
+    return json.dumps(fields)
+
+
+def test_extension_of_qwen_gives_the_published_ids():
+    ids = dict(zip(published.QWEN_TOKENS, range(151_643, 151_665), strict=True))
+    definition, fields = tt.extend_for_images(plain_qwen(ids))
+    assert fields == {
+        "eos_id": 151_643,
+        "pad_id": 151_665,
+        "image_area_id": 151_666,
+        "boi_id": 151_667,
+        "eoi_id": 151_668,
+        "image_placeholder_id": 151_669,
+    }
+    added = {token["content"]: token["id"] for token in json.loads(definition)["added_tokens"]}
+    new = (*published.IMAGE_TOKENS, *published.THOUGHT_TOKENS)
+    assert added == ids | dict(zip(new, range(151_665, 151_674), strict=True))
+    tokenizer = tt.TextTokenizer(definition)
+    assert tokenizer.vocab_size == 151_674
+    assert tokenizer.decode([151_643, 151_667, 151_673]) == (
+        "<|endoftext|><|begin_of_image|><|end_of_thinking|>"
+    )
+    # Text is as before, and never one of the new tokens.
+    before = tt.TextTokenizer(published.build())
+    for text in (published.TEXT, "[PAD]<|begin_of_image|>"):
+        assert tokenizer.encode(text) == before.encode(text)
+
+
+def test_extension_leaves_what_exists():
+    original = published.build(added=(*published.QWEN_TOKENS, "<|begin_of_image|>"))
+    definition, fields = tt.extend_for_images(original)
+    assert fields["eos_id"] == 400 and fields["boi_id"] == 422
+    assert fields["pad_id"] == 423 and fields["eoi_id"] == 425
+    assert tt.TextTokenizer(definition).vocab_size == 422 + 9
+    assert tt.extend_for_images(definition) == (definition, fields)
+    with pytest.raises(ValueError, match=r"the tokenizer has no <\|endoftext\|>"):
+        tt.extend_for_images(published.build(added=()))
+    with pytest.raises(ValueError, match=r"not the content of a tokenizer\.json"):
+        tt.extend_for_images("{}")
+
+
+def test_added_tokens_may_leave_gaps_but_not_share_ids():
+    """The ids of the file hold where the library would count on from the vocabulary."""
+    definition, _ = tt.extend_for_images(plain_qwen({"<|endoftext|>": 1000}))
+    tokenizer = tt.TextTokenizer(definition)
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (1000, 1001, 1010)
+    assert tokenizer.decode([*tokenizer.encode("a star"), 1001]) == "a star[PAD]"
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy.decode([1003]) == "<|begin_of_image|>"
+    fields = json.loads(definition)
+    fields["added_tokens"][1]["id"] = 7
+    with pytest.raises(ValueError, match=r"the ids of \[PAD\] belong to other tokens as well"):
+        tt.TextTokenizer(json.dumps(fields))
+
+
+def test_the_script_writes_the_tokenizer(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    subprocess.run([sys.executable, published.__file__, path], check=True, timeout=60)
+    assert path.read_text(encoding="utf-8") == published.build()

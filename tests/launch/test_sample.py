@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -11,6 +12,8 @@ from PIL import Image
 
 from launch import sample
 from nextstep_jax.interop.model_directory import write_model_directory
+from nextstep_jax.sampling.generate import SamplerConfig
+from nextstep_jax.sampling.presets import get_preset
 from tests import tiny_model
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -52,7 +55,7 @@ def test_pictures_of_a_fresh_process_on_eight_devices(directory, tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert f"6 images in {tmp_path / 'out'}" in done.stdout
-    assert "100%" in done.stderr and "12/12" in done.stderr
+    assert "100%" in done.stderr and "16/16" in done.stderr
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == [
         "0000-a-red-circle-seed-7.png",
@@ -70,8 +73,9 @@ def test_pictures_of_a_fresh_process_on_eight_devices(directory, tmp_path):
         "prompt": "a red circle",
         "negative_prompt": "blurry",
         "seed": 8,
-        "height": 12,
-        "width": 16,
+        "height": 8,
+        "width": 32,
+        "shared_noise": False,
         "guidance_scale": 2.5,
         "solver": "ode",
         "num_steps": 2,
@@ -85,7 +89,7 @@ def test_pictures_of_a_fresh_process_on_eight_devices(directory, tmp_path):
     assert np.abs(np.asarray(made_here.images[0]).astype(int) - pixels).max() <= 1
     assert pixels.std() > 10
     with Image.open(tmp_path / "out" / "grid.png") as grid:
-        assert grid.width == 4 * 168 + 8 and grid.height > 2 * 128
+        assert grid.width == 4 * 168 + 8 and grid.height > 2 * (40 + 8)
 
 
 def test_flags_reach_the_pipeline(tmp_path, monkeypatch):
@@ -95,7 +99,9 @@ def test_flags_reach_the_pipeline(tmp_path, monkeypatch):
         [
             *(PROGRAM, "--checkpoint=x", "--prompt=a", "--prompt=b", "--num_images=3", "--seed=5"),
             *("--negative_prompt=n", "--height=64", "--width=32", "--steps=9", "--solver=heun"),
-            *("--guidance_scale=3.5", "--image_guidance_scale=1.5", "--shift=2"),
+            *("--guidance_scale=3.5", "--image_guidance_scale=1.5", "--shift=2", "--renorm"),
+            *("--noise_level=0.5", "--schedule=falling", "--interval", "0.1", "0.9"),
+            *("--no-token_norm", "--shared_noise", "--positive_prompt=p"),
             *("--batch_size=4", "--chunk_tokens=8", f"--image={tmp_path / 'source.png'}"),
         ]
     )
@@ -107,6 +113,8 @@ def test_flags_reach_the_pipeline(tmp_path, monkeypatch):
     assert seen == {
         "prompts": ["a", "b"],
         "negative_prompt": "n",
+        "positive_prompt": "p",
+        "shared_noise": True,
         "height": 64,
         "width": 32,
         "num_inference_steps": 9,
@@ -118,7 +126,34 @@ def test_flags_reach_the_pipeline(tmp_path, monkeypatch):
         "chunk_tokens": 8,
         "solver": "heun",
         "shift": 2.0,
+        "noise_level": 0.5,
+        "schedule": "falling",
+        "interval": [0.1, 0.9],
+        "renorm": True,
+        "token_norm": False,
     }
+    # Every field of the sampler has a flag; num_inference_steps is its num_steps.
+    fields = {field.name for field in dataclasses.fields(SamplerConfig)}
+    assert fields - set(seen) == {"num_steps"}
+
+
+def test_settings_that_no_flag_names_are_those_of_the_directory(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(sample, "tqdm", lambda **_: contextlib.nullcontext())
+    args = sample.parse_flags([PROGRAM, "--checkpoint=x", "--prompt=a"])
+    sample.sample(lambda prompts, **settings: seen.update(settings), args)
+    assert not {field.name for field in dataclasses.fields(SamplerConfig)} & set(seen)
+    unset = ("height", "width", "guidance_scale", "negative_prompt", "positive_prompt", "image")
+    assert [seen[name] for name in unset] == [None] * len(unset) and not seen["shared_noise"]
+
+
+def test_a_preset_replaces_the_settings_of_the_directory(directory):
+    args = sample.parse_flags([PROGRAM, f"--checkpoint={directory}", "--preset=nextstep-1-edit"])
+    pipe = sample.load(args)
+    assert pipe.preset == get_preset("nextstep-1-edit")
+    assert pipe.image_size == tiny_model.IMAGE_SIZE
+    args.preset = None
+    assert sample.load(args).preset.guidance_scale == 2.5
 
 
 @pytest.mark.parametrize(
@@ -127,7 +162,7 @@ def test_flags_reach_the_pipeline(tmp_path, monkeypatch):
         ([], "no prompts; give --prompt or --prompts_file"),
         (["--prompts_file=nowhere.txt"], "No such file or directory: 'nowhere.txt'"),
         (["--prompt=a", "--checkpoint=nowhere"], "nowhere is not a model directory"),
-        (["--prompt=a", "--height=13"], "image size 13x16 .* is off the grid of 4 pixels"),
+        (["--prompt=a", "--height=13"], "image size 13x32 .* is off the 17 aspect grids"),
         (["--prompt=a", "--steps=0"], "num_steps must be at least 1"),
         (["--prompt=a", "--num_images=0"], "num_images_per_prompt=0 must be at least 1"),
         (["--prompt=a", f"--image={__file__}"], "test_sample.py: cannot decode the image"),

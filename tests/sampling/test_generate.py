@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nextstep_jax.data.layout import prompt_prefix
 from nextstep_jax.models.nextstep import NextStep
 from nextstep_jax.sampling.generate import (
     SamplerConfig,
@@ -97,7 +98,7 @@ def naive_tokens(config, branches, noise, guidance=GUIDANCE, model=MODEL, positi
             ids[r, : lengths[r]] = row + [placeholder] * n
             latents[r, len(row) : lengths[r]] = tokens[r // 3, :n]
         hidden = hidden_fn(ids, latents, lengths)
-        scale = naive_scale(config.schedule, guidance[0], n, NUM_TOKENS)
+        scale, image_scale = (naive_scale(config.schedule, s, n, NUM_TOKENS) for s in guidance)
         position = None if positions is None else jnp.asarray(positions[n], jnp.float32)
         x = noise[n, 0].astype(np.float64)
         for i in range(config.num_steps):
@@ -105,7 +106,7 @@ def naive_tokens(config, branches, noise, guidance=GUIDANCE, model=MODEL, positi
             repeated = np.repeat(x, 3, axis=0).astype(np.float32)
             v = np.asarray(velocity_fn(repeated, np.float32(t), hidden, position), np.float64)
             v = v.reshape(BATCH, 3, dim)[:, :branches]
-            v = np.stack([naive_guide(one, scale, guidance[1], config.renorm) for one in v])
+            v = np.stack([naive_guide(one, scale, image_scale, config.renorm) for one in v])
             if stochastic:  # dx = (v + (1 - t) score) dt + sqrt(2 (1 - t)) dW
                 score = (t * v - x) / (1 - t)
                 x = x + dt * (v + (1 - t) * score) + np.sqrt(2 * (1 - t) * dt) * noise[n, i + 1]
@@ -130,8 +131,10 @@ def recorded_noise(config, keys=KEYS):
         (2, SamplerConfig("euler_maruyama_full", NUM_STEPS, schedule="falling", token_norm=True)),
         (2, CONFIG),
         (3, SamplerConfig("euler_maruyama_full", NUM_STEPS, renorm=True)),
+        (3, SamplerConfig("ode", NUM_STEPS, schedule="falling")),
+        (3, CONFIG),
     ],
-    ids=["1", "2-falling-norm", "2-rising-renorm", "3-renorm"],
+    ids=["1", "2-falling-norm", "2-rising-renorm", "3-renorm", "3-falling", "3-rising-renorm"],
 )
 def test_generate_is_a_plain_loop(branches, config):
     prompts = prompts_of(branches)
@@ -140,6 +143,42 @@ def test_generate_is_a_plain_loop(branches, config):
     assert tokens.shape == (BATCH, NUM_TOKENS, tiny_model.CONFIG.token_dim)
     error = np.abs(tokens - expected).max() / np.abs(expected).max()
     assert error < 2e-5
+
+
+def test_prefill_with_input_images_is_the_plain_forward():
+    """Input images of unequal grids in the rows of one batch; left-padded against right-padded."""
+    tokenizer, placeholder = tiny_model.tokenizer(), tiny_model.CONFIG.image_placeholder_id
+    grids = [[(1, 4), (2, 2)], [(4, 1)], [(2, 3)], []]
+    texts = ["a red <image> like <image>", "<image>green", "two blue squares <image>", "a"]
+    rows = [
+        prompt_prefix(text, tiny_model.GRID, tokenizer, row_grids)
+        for text, row_grids in zip(texts, grids, strict=True)
+    ]
+    counts = [row.count(placeholder) for row in rows]
+    assert counts == [8, 4, 6, 0]
+    rng, dim = np.random.default_rng([9]), tiny_model.CONFIG.token_dim
+    inputs = [rng.standard_normal((n, dim)).astype(np.float32) if n else None for n in counts]
+    keys = jax.vmap(jax.random.key)(np.arange(4, dtype=np.uint32))
+    prompts = pad_prompts(rows, tiny_model.CONFIG.pad_id, dim, 64, inputs, placeholder)
+    params = tiny_model.unrolled_params()
+    hidden = np.asarray(prefill_jit(MODEL, params, prompts, keys, 2).hidden)
+
+    lengths = np.array([len(row) for row in rows], np.int32)
+    ids = np.zeros((4, lengths.max()), np.int32)
+    latents = np.zeros((*ids.shape, dim), np.float32)
+    for i, row in enumerate(rows):
+        ids[i, : lengths[i]] = row
+        if inputs[i] is not None:
+            latents[i, : lengths[i]][np.array(row) == placeholder] = inputs[i]
+    plain, _ = naive_functions(MODEL)
+    expected = np.asarray(plain(ids, latents, lengths))
+    assert np.abs(hidden - expected).max() / np.abs(expected).max() < 1e-5
+    # What the comparison could not see if the images were not read: each row has its own.
+    inputs[0] = inputs[0][::-1]
+    swapped = pad_prompts(rows, tiny_model.CONFIG.pad_id, dim, 64, inputs, placeholder)
+    other = np.asarray(prefill_jit(MODEL, params, swapped, keys, 2).hidden)
+    assert np.abs(other[0] - hidden[0]).max() > 1e-2
+    np.testing.assert_array_equal(other[1:], hidden[1:])
 
 
 def test_generate_is_prefill_and_chunks():

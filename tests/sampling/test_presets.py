@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from nextstep_jax.sampling.presets import PRESETS, get_preset
+from nextstep_jax.sampling.presets import PRESETS, get_preset, preset_from_settings
 
 TAGS = (
     "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, "
@@ -44,6 +44,13 @@ def test_presets_are_static_values():
     assert len({hash(preset) for preset in PRESETS.values()}) == len(PRESETS)
     with pytest.raises(dataclasses.FrozenInstanceError):
         get_preset("plain").guidance_scale = 1.0
+
+
+def test_scales_must_be_finite():
+    with pytest.raises(ValueError, match="image_guidance_scale=inf must be a finite number"):
+        dataclasses.replace(get_preset("plain"), image_guidance_scale=float("inf"))
+    with pytest.raises(ValueError, match=r"^guidance_scale=nan must be"):
+        preset_from_settings({"preset": "nextstep-1.1", "guidance_scale": float("nan")})
 
 
 def test_unknown_preset():
