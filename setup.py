@@ -42,6 +42,7 @@ CORE = [
     "absl-py>=2.1,<3",
     "jaxtyping>=0.3,<0.4",
     "numpy>=2.0,<3",
+    "ml_dtypes>=0.5,<0.7",
     "scipy>=1.13,<2",
     "pillow>=11",
     "matplotlib>=3.9,<4",

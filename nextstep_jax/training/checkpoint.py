@@ -8,6 +8,7 @@ what blocks is the copy to the host.
 import dataclasses
 import json
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -155,8 +156,49 @@ def _check_shapes(saved: Any, state: Any, path: Any) -> None:
         raise ValueError(f"checkpoint {path} does not fit the configuration: {listed}")
 
 
-def load_params(directory: pathlib.Path, *, ema: bool = True) -> tuple[Any, int]:
-    """The parameters of the newest checkpoint, on the default device, and its step.
+class StoredParams:
+    """Parameters on disk, to be read whole or in parts.
+
+    Attributes:
+        abstract: A tree of `jax.ShapeDtypeStruct`.
+        step: The training step they are of, if known.
+    """
+
+    def __init__(self, path: Any, prefix: tuple[str, ...] = (), step: int | None = None):
+        """Opens a tree that `save_tree` wrote, or with a prefix a part of a checkpoint."""
+        self._path, self._prefix, self.step = path, prefix, step
+        # Of the state alone: an iterator has no metadata, and Orbax would warn of that.
+        tree = ocp.metadata(self._path, _STATE).metadata
+        for key in prefix:
+            tree = tree[key]
+        self.abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+    def load(self, abstract: Any = None) -> Any:
+        """Reads parameters.
+
+        Args:
+            abstract: The tree or a part of it, as leaves with the dtype and the sharding that they
+                shall have, where they have one; by default all, as it is on disk. Without a
+                sharding a leaf goes to the default device.
+        """
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        tree = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device),
+            self.abstract if abstract is None else abstract,
+        )
+        for key in reversed(self._prefix):
+            tree = {key: tree}
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            tree = ocp.load_checkpointables(self._path, {_STATE: tree})[_STATE]
+        for key in self._prefix:
+            tree = tree[key]
+        return tree
+
+
+def stored_params(directory: pathlib.Path, *, ema: bool = True) -> StoredParams:
+    """The parameters of the newest checkpoint of a run.
 
     Args:
         directory: The folder given to `CheckpointStore`.
@@ -171,19 +213,23 @@ def load_params(directory: pathlib.Path, *, ema: bool = True) -> tuple[Any, int]
     if latest is None:
         raise FileNotFoundError(f"no finished checkpoint in {directory}")
     with checkpointer:
-        step = latest.step
-        # Of the state alone: an iterator has no metadata, and Orbax would warn of that.
-        tree = ocp.metadata(latest.path, _STATE).metadata
-        name = "ema" if ema and tree.get("ema") else "params"
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), tree[name]
-        )
-        context = ocp.Context()
-        context.pytree.loading.partial_load = True
-        with context:
-            state = checkpointer.load_checkpointables(step, {_STATE: {name: abstract}})[_STATE]
-    return state[name], step
+        average = ocp.metadata(latest.path, _STATE).metadata.get("ema")
+        name = "ema" if ema and average else "params"
+        return StoredParams(latest.path, (name,), latest.step)
+
+
+def load_params(directory: pathlib.Path, *, ema: bool = True) -> tuple[Any, int]:
+    """The parameters of the newest checkpoint, on the default device, and its step.
+
+    Args:
+        directory: The folder given to `CheckpointStore`.
+        ema: Prefer the moving average where the run kept one.
+
+    Raises:
+        FileNotFoundError: There is no finished checkpoint.
+    """
+    stored = stored_params(directory, ema=ema)
+    return stored.load(), stored.step
 
 
 def save_tree(directory: pathlib.Path, tree: Any) -> None:
@@ -191,12 +237,20 @@ def save_tree(directory: pathlib.Path, tree: Any) -> None:
     ocp.save(pathlib.Path(directory).absolute(), tree, overwrite=True)
 
 
+def save_tree_in_parts(directory: pathlib.Path, parts: Iterable[Any]) -> None:
+    """Writes a tree of which only a part is in memory at a time; what `save_tree` would write.
+
+    Args:
+        directory: Must not be there yet, and is not until the last part is written.
+        parts: Trees whose union is the tree.
+    """
+    directory = pathlib.Path(directory).absolute()
+    for part in parts:
+        ocp.partial.save(directory, part)
+        del part  # Else it would stay until the next one is there.
+    ocp.partial.finalize(directory)
+
+
 def load_tree(directory: pathlib.Path) -> Any:
     """Reads what `save_tree` wrote, on the default device."""
-    directory = pathlib.Path(directory).absolute()
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-        ocp.metadata(directory).metadata,
-    )
-    return ocp.load(directory, abstract)
+    return StoredParams(pathlib.Path(directory).absolute()).load()
