@@ -109,15 +109,13 @@ class SafetensorsFiles:
         self._path = path
         self._files = {name: shard for shard, infos in shards.items() for name in infos}
         self.infos = {name: info for infos in shards.values() for name, info in infos.items()}
-        self._starts: dict[pathlib.Path, dict[str, int]] = {}
+        self._starts = {shard: _starts_of(shard) for shard in shards}
 
     def read(self, name: str) -> Shaped[np.ndarray, "..."]:
         """The tensor as a fresh C-contiguous array; see `TensorFiles`."""
         # Not by the library, which checked the header: it maps the file and copies from the map,
         # and the pages of a map count as resident, so that a tensor would be there twice.
         path, info = self.where(name), self.infos[name]
-        if path not in self._starts:
-            self._starts[path] = _starts_of(path)
         count = math.prod(info.shape)
         array = np.fromfile(path, info.dtype, count, offset=self._starts[path][name])
         if array.size != count:  # Since it was opened; the library knows by how much.
