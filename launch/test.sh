@@ -3,6 +3,8 @@
 #
 #   ./launch/test.sh                       everything but the tests marked slow
 #   ./launch/test.sh --run-slow            those too
+#   ./launch/test.sh --parity              installs torch, transformers and diffusers for the CPU
+#                                          too, and fails where a comparison with them is skipped
 #   ./launch/test.sh tests/flow -k ode     any arguments of pytest
 #
 # NEXTSTEP_TEST_WORKERS sets the number of pytest processes (default: the cores, at most 4).
@@ -11,7 +13,15 @@ set -euo pipefail
 
 # shellcheck source=launch/venv.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/venv.sh"
-ensure_venv test
+extras=test
+arguments=()
+for argument in "$@"; do
+  case "$argument" in
+    --parity) extras=test,parity; arguments+=(--require-parity) ;;
+    *) arguments+=("$argument") ;;
+  esac
+done
+ensure_venv "$extras"
 cd -- "$ROOT"
 
 say "ruff check";  "$PY" -m ruff check .
@@ -24,4 +34,4 @@ distribution=()
 if ((workers > 1)); then
   distribution=(-n "$workers" --dist worksteal)
 fi
-exec "$PY" -m pytest ${distribution[@]+"${distribution[@]}"} "$@"
+exec "$PY" -m pytest ${distribution[@]+"${distribution[@]}"} ${arguments[@]+"${arguments[@]}"}

@@ -12,6 +12,11 @@ ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${NEXTSTEP_VENV:-$ROOT/.venv}"
 [[ "$VENV" == /* ]] || VENV="$PWD/$VENV"
 
+# The torch that [parity] starts from, ours: one that the comparisons were made with. The range in
+# setup.py would bring the newest, whose first choice on Linux is gigabytes of CUDA; this exact
+# version is taken as a CPU build (2.13.0+cpu) wherever one of pip's indexes has it.
+PARITY_TORCH="torch==2.13.0"
+
 say() { printf '%s\n' "$*" >&2; }
 die() { say "error: $*"; exit 1; }
 
@@ -68,9 +73,13 @@ pip_install() {
   fi
 }
 
+has_module() {
+  "$PY" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)' "$1"
+}
+
 # ensure_venv [EXTRAS]: EXTRAS is a comma-separated list, or nothing for the core requirements.
 ensure_venv() {
-  local extras="${1:-}" want stamp
+  local extras="${1:-}" want stamp size="about 1 GB"
   if [[ -n "${NEXTSTEP_PYTHON:-}" ]]; then
     is_usable "$NEXTSTEP_PYTHON" || die "NEXTSTEP_PYTHON=$NEXTSTEP_PYTHON is not a Python >= 3.11"
     PY="$("$NEXTSTEP_PYTHON" -c 'import sys; print(sys.executable)')"
@@ -85,7 +94,11 @@ ensure_venv() {
       return
     fi
   done
-  say "Installing nextstep_jax${extras:+ with [$extras]} into $VENV (a minute or two, about 1 GB)"
+  [[ ",$extras," != *,parity,* ]] || size="about 2 GB"
+  say "Installing nextstep_jax${extras:+ with [$extras]} into $VENV (a minute or two, $size)"
+  if [[ ",$extras," == *,parity,* ]] && ! has_module torch; then
+    pip_install "$PARITY_TORCH"
+  fi
   pip_install -e "$ROOT${extras:+[$extras]}"
   printf '%s\n' "$want" >"$VENV/.installed-${extras:-core}"
 }

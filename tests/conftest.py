@@ -17,6 +17,8 @@ import sys
 import pytest
 
 NUM_DEVICES = 8
+# What tests marked parity compare with: the extra [parity].
+PARITY_LIBRARIES = ("torch", "transformers", "diffusers")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -62,20 +64,32 @@ flags.FLAGS.mark_as_parsed()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds --run-slow."""
+    """Adds --run-slow and --require-parity."""
     parser.addoption("--run-slow", action="store_true", help="also run tests marked slow")
+    parser.addoption(
+        "--require-parity",
+        action="store_true",
+        help="tests marked parity fail, instead of being skipped, where a library is missing",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips slow and gpu tests, with the reason, where they cannot or shall not run."""
+    """Skips slow, gpu and parity tests, with the reason, where they cannot or shall not run."""
     skip_slow = pytest.mark.skip(reason="slow: give --run-slow")
     skip_gpu = pytest.mark.skip(reason="gpu: no GPU with a jax plugin on this machine")
     has_gpu = _has_gpu()
+    missing = [name for name in PARITY_LIBRARIES if importlib.util.find_spec(name) is None]
+    reason = f"parity: not installed: {', '.join(missing)}; pip install -e .[parity]"
+    skip_parity = pytest.mark.skip(reason=reason)
     for item in items:
         if "slow" in item.keywords and not config.getoption("--run-slow"):
             item.add_marker(skip_slow)
         if "gpu" in item.keywords and not has_gpu:
             item.add_marker(skip_gpu)
+        # Not `item.keywords`, which holds the names of folders too.
+        is_parity = item.get_closest_marker("parity") is not None
+        if is_parity and missing and not config.getoption("--require-parity"):
+            item.add_marker(skip_parity)
 
 
 @pytest.fixture

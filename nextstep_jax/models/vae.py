@@ -176,6 +176,11 @@ def upsample_nearest(
     return features.repeat(2, axis=1).repeat(2, axis=2)
 
 
+def _silu(features: Array) -> Array:
+    """SiLU, rounded once: in bfloat16 its two factors would be rounded apart."""
+    return nn.silu(features.astype(jnp.float32)).astype(features.dtype)
+
+
 def _conv(features: int, kernel_size: int, dtype: DTypeLike, name: str, **more) -> nn.Conv:
     """A convolution that keeps the size, unless `more` says otherwise."""
     return nn.Conv(
@@ -226,9 +231,9 @@ class ResidualBlock(nn.Module):
         self, features: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch height width out"]:
         """Returns features of the same size with `channels` channels."""
-        hidden = nn.silu(GroupNorm(self.config, name="norm1")(features))
+        hidden = _silu(GroupNorm(self.config, name="norm1")(features))
         hidden = _conv(self.channels, 3, self.dtype, "conv1")(hidden)
-        hidden = nn.silu(GroupNorm(self.config, name="norm2")(hidden))
+        hidden = _silu(GroupNorm(self.config, name="norm2")(hidden))
         hidden = _conv(self.channels, 3, self.dtype, "conv2")(hidden)
         if features.shape[-1] != self.channels:
             features = _conv(self.channels, 1, self.dtype, "nin_shortcut")(features)
@@ -327,7 +332,7 @@ class Encoder(nn.Module):
             if level < len(widths) - 1:
                 features = Downsample(dtype, name=f"down_{level}_downsample")(features)
         features = _middle(config, widths[-1], dtype, features)
-        features = nn.silu(GroupNorm(config, name="norm_out")(features))
+        features = _silu(GroupNorm(config, name="norm_out")(features))
         return _conv(2 * config.latent_channels, 3, dtype, "conv_out")(features)
 
 
@@ -358,7 +363,7 @@ class Decoder(nn.Module):
                 features = ResidualBlock(config, width, dtype, name=name)(features)
             if level > 0:
                 features = Upsample(dtype, name=f"up_{level}_upsample")(features)
-        features = nn.silu(GroupNorm(config, name="norm_out")(features))
+        features = _silu(GroupNorm(config, name="norm_out")(features))
         return _conv(config.in_channels, 3, dtype, "conv_out")(features)
 
 
