@@ -8,17 +8,24 @@ sampling: image tokens as the pipeline samples them, with random weights: tokens
 milliseconds per token of decoder, flow head and rest, beside the byte model (what has to be read
 at the device's memory bandwidth; the share of that limit that is reached).
 
+import_memory: peak host memory of converting and of loading a random published checkpoint, on one
+device and sharded over eight fake ones, beside the bound: twice the largest stacked parameter plus
+2 GB.
+
 Examples:
     python launch/benchmark.py flow_head --head=b --steps=28 --rows=2 --json=flow_head.json
     python launch/benchmark.py sampling --size=14b --steps=28 --tokens=256 --dtype=bfloat16
+    python launch/benchmark.py import_memory --gigabytes=6.5
 """
 
 import argparse
 import dataclasses
 import json
 import pathlib
+import shutil
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +37,7 @@ from absl.flags import argparse_flags
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from nextstep_jax.evaluation import import_memory as memory
 from nextstep_jax.evaluation import roofline, sampling_speed, timing
 from nextstep_jax.flow.solvers import SOLVERS
 from nextstep_jax.models.config import DECODERS, FLOW_HEADS, NextStepConfig, nextstep_config
@@ -236,6 +244,43 @@ def _sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--bandwidth_gbs", type=float, help="memory bandwidth; default: known or measured")
 
 
+def import_memory(args: argparse.Namespace) -> dict[str, Any]:
+    """Peak host memory of every way to import a checkpoint, in fresh processes.
+
+    Raises:
+        ValueError: The size is not positive.
+    """
+    if not args.gigabytes > 0:
+        raise ValueError(f"gigabytes={args.gigabytes} must be positive")
+    config = memory.sized_config(args.gigabytes)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        source, out = pathlib.Path(folder) / "published", pathlib.Path(folder) / "converted"
+        largest = memory.random_checkpoint(source, config, args.shards)
+        figures = {}
+        for num_devices in (1, 8):
+            for what in ("nothing", "load", "convert"):
+                shutil.rmtree(out, ignore_errors=True)
+                measured = memory.measure(what, source, out, num_devices)
+                measured["host_bytes"] = measured["peak_bytes"] - measured["kept_bytes"]
+                figures[f"{what} on {num_devices}"] = measured
+        sizes = [path.stat().st_size for path in source.glob("*.safetensors")]
+    bound = 2 * largest + 2 * 10**9
+    return {
+        "settings": {"gigabytes": args.gigabytes, "shards": len(sizes)},
+        "checkpoint_bytes": sum(sizes),
+        "largest_stacked_parameter_bytes": largest,
+        "bound_bytes": bound,
+        "within_bound": all(one["host_bytes"] < bound for one in figures.values()),
+        "processes": figures,
+    }
+
+
+def _import_memory_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gigabytes", type=float, default=6.5, help="size of the checkpoint")
+    parser.add_argument("--shards", type=int, default=5, help="its files")
+    parser.add_argument("--folder", help="where it is made; by default the temporary folder")
+
+
 # A new benchmark is one function and one row.
 BENCHMARKS = {
     "flow_head": Benchmark(
@@ -243,6 +288,9 @@ BENCHMARKS = {
     ),
     "sampling": Benchmark(
         "image tokens by part, beside the limit of the memory", _sampling_flags, sampling
+    ),
+    "import_memory": Benchmark(
+        "peak host memory of importing a checkpoint", _import_memory_flags, import_memory
     ),
 }
 

@@ -183,7 +183,11 @@ def vae_shapes(values=VAE, *, diffusers=False):
     size = width
     for i in range(last + 1):
         for j in range(blocks):
-            block(f"encoder.{names['down'].format(i)}.{names['block'].format(j)}", size, width * mult[i])
+            block(
+                f"encoder.{names['down'].format(i)}.{names['block'].format(j)}",
+                size,
+                width * mult[i],
+            )
             size = width * mult[i]
         if i < last:
             conv(f"encoder.{names['down'].format(i)}.{names['downsample']}", size, size)

@@ -363,8 +363,8 @@ class RecordedRun:
 
 
 def draws_by_row(
-    u: Float[np.ndarray, " draws_tokens"],
-    noise: Float[np.ndarray, "draws_tokens token"],
+    u: Float[np.ndarray, " times"],
+    noise: Float[np.ndarray, "noises token"],
     is_image: Bool[np.ndarray, "batch length"],
 ) -> tuple[Float[np.ndarray, "draws batch n"], Float[np.ndarray, "draws batch n token"]]:
     """Draws for all image tokens of a batch, in order and as whole blocks, row by row.
@@ -391,7 +391,8 @@ def _arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (zipfile.BadZipFile, ValueError, EOFError, AttributeError) as error:
+    # The last two where it is a single array.
+    except (zipfile.BadZipFile, ValueError, EOFError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no .npz file, or is cut off or damaged: {error}") from error
 
 

@@ -175,12 +175,11 @@ def export_checkpoint(
         if tokenizer.is_file() and not (folder / tokenizer.name).is_file():
             shutil.copyfile(tokenizer, folder / tokenizer.name)
         with SafetensorsWriter(folder, infos, max_shard_size=max_shard_size) as writer:
-            for path, leaf in abstract.items():
-                array = leaves_of(stored.load(tree_of({path: leaf})))[path]
-                mine = [slot for slot in slots if slot.path == path]
-                streaming.write_params([{path: array}], mine, writer, infos)
-                if path == ("embed_tokens",) and notes.get("has_head"):
-                    writer.write(_HEAD, np.asarray(array).astype(infos[_HEAD].dtype))
+            parts = map(tree_of, streaming.in_groups(abstract))
+            streaming.write_params(map(leaves_of, map(stored.load, parts)), slots, writer, infos)
+            if notes.get("has_head"):
+                embedding = stored.load({"embed_tokens": stored.abstract["embed_tokens"]})
+                writer.write(_HEAD, np.asarray(embedding["embed_tokens"]))
             for name, tensor in extra.items():
                 writer.write(name, tensor)
         (folder / "vae").mkdir()

@@ -9,6 +9,7 @@ before any of them is read.
 """
 
 import dataclasses
+import functools
 import logging
 import math
 import pathlib
@@ -223,12 +224,14 @@ def check_pair(config: NextStepConfig, vae: VAEConfig) -> None:
             )
 
 
+@functools.lru_cache(maxsize=8)  # Tracing all of a model takes a second, and it is asked for often.
 def abstract_model(config: NextStepConfig, *, scan_layers: bool = True) -> Any:
     """Shapes of a model's parameters, in the boxes that name their axes."""
     model = NextStep(config, scan_layers=scan_layers)
     return jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
 
 
+@functools.lru_cache(maxsize=8)
 def abstract_vae(config: VAEConfig) -> Any:
     """Shapes of an image tokenizer's parameters."""
     side = config.downsampling * (config.norm_patch_size or 1)
@@ -261,7 +264,9 @@ def _num_positions(files: TensorFiles) -> int | None:
     if GEN_POS_EMBED not in files.infos:
         return None
     shape = files.infos[GEN_POS_EMBED].shape
-    return shape[1] if len(shape) == 3 and shape[1] and math.isqrt(shape[1]) ** 2 == shape[1] else None
+    return (
+        shape[1] if len(shape) == 3 and shape[1] and math.isqrt(shape[1]) ** 2 == shape[1] else None
+    )
 
 
 def _check_gen_pos_embed(

@@ -108,6 +108,18 @@ def stream_params(
         yield group
 
 
+def in_groups(leaves: Mapping[Path, Any]) -> Iterator[dict[Path, Any]]:
+    """Splits leaves with shapes and dtypes into groups of the size of those of `stream_params`."""
+    group: dict[Path, Any] = {}
+    for path, leaf in leaves.items():
+        group[path] = leaf
+        if sum(one.size * one.dtype.itemsize for one in group.values()) >= _GROUP_BYTES:
+            yield group
+            group = {}
+    if group:
+        yield group
+
+
 def load_params(
     files: TensorFiles,
     slots: Sequence[Slot],
@@ -188,12 +200,13 @@ def write_params(
     for slot in slots:
         by_path.setdefault(slot.path, []).append(slot)
     for group in groups:
-        for path, leaf in group.items():
-            array = np.asarray(leaf)
+        for path in group:
+            array = np.asarray(group[path])
             for slot in by_path[path]:
                 part = array if slot.layer is None else array[slot.layer]
                 tensor = to_published(part, slot.layout).astype(infos[slot.name].dtype)
                 writer.write(slot.name, np.ascontiguousarray(tensor))
+        del group, array, part, tensor  # Else they would stay until the next group is there.
 
 
 def _listed(names: Sequence[str]) -> str:

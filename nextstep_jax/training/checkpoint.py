@@ -6,6 +6,7 @@ what blocks is the copy to the host.
 """
 
 import dataclasses
+import gc
 import json
 import pathlib
 from collections.abc import Iterable
@@ -65,11 +66,9 @@ class CheckpointStore:
         """Opens or makes the folder; the newest `keep` checkpoints stay."""
         directory = pathlib.Path(directory).absolute()
         directory.mkdir(parents=True, exist_ok=True)
-        context = ocp.Context()
-        context.array.saving.min_slice_bytes_for_replica_parallel = _LEAST_BYTES_OF_A_SHARE
         self._checkpointer = ocp.training.Checkpointer(
             directory,
-            context=context,
+            context=_saving(),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )
@@ -127,6 +126,13 @@ class CheckpointStore:
         """Waits and releases the folder."""
         self.wait()
         self._checkpointer.close()
+
+
+def _saving() -> ocp.Context:
+    """How arrays are written."""
+    context = ocp.Context()
+    context.array.saving.min_slice_bytes_for_replica_parallel = _LEAST_BYTES_OF_A_SHARE
+    return context
 
 
 def _latest(checkpointer: ocp.training.Checkpointer) -> Any:
@@ -234,7 +240,8 @@ def load_params(directory: pathlib.Path, *, ema: bool = True) -> tuple[Any, int]
 
 def save_tree(directory: pathlib.Path, tree: Any) -> None:
     """Writes a tree of arrays once, replacing what was there."""
-    ocp.save(pathlib.Path(directory).absolute(), tree, overwrite=True)
+    with _saving():
+        ocp.save(pathlib.Path(directory).absolute(), tree, overwrite=True)
 
 
 def save_tree_in_parts(directory: pathlib.Path, parts: Iterable[Any]) -> None:
@@ -246,8 +253,11 @@ def save_tree_in_parts(directory: pathlib.Path, parts: Iterable[Any]) -> None:
     """
     directory = pathlib.Path(directory).absolute()
     for part in parts:
-        ocp.partial.save(directory, part)
-        del part  # Else it would stay until the next one is there.
+        with _saving():
+            ocp.partial.save(directory, part)
+        # Else it would stay until the next one is there; Orbax leaves it in reference cycles.
+        del part
+        gc.collect()
     ocp.partial.finalize(directory)
 
 
