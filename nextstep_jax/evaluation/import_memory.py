@@ -19,9 +19,9 @@ from flax import linen as nn
 from nextstep_jax.interop.huggingface import abstract_model, abstract_vae
 from nextstep_jax.interop.published_config import model_to_published
 from nextstep_jax.interop.published_vae_config import vae_to_published
-from nextstep_jax.interop.tensor_files import TensorInfo
 from nextstep_jax.interop.tensor_map import Slot, nextstep_slots, vae_slots
 from nextstep_jax.interop.tensor_writer import SafetensorsWriter
+from nextstep_jax.interop.tensors import TensorInfo
 from nextstep_jax.models.config import FLOW_HEADS, DecoderConfig, NextStepConfig, VAEConfig
 
 # The shape of a layer, and of what stands beside the layers; ours.

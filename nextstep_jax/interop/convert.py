@@ -44,9 +44,9 @@ from nextstep_jax.interop.model_directory import (
     write_model_directory,
     write_vae_directory,
 )
-from nextstep_jax.interop.tensor_files import TensorFiles, TensorInfo
 from nextstep_jax.interop.tensor_map import Slot, leaves_of, nextstep_slots, tree_of, vae_slots
 from nextstep_jax.interop.tensor_writer import SafetensorsWriter
+from nextstep_jax.interop.tensors import TensorFiles, TensorInfo
 from nextstep_jax.models.config import NextStepConfig, VAEConfig
 from nextstep_jax.models.nextstep import gen_position_table
 from nextstep_jax.training.checkpoint import save_tree_in_parts
@@ -227,9 +227,9 @@ def _keep(
         _copy_companions(source, folder)
     # Another tokenizer than the source's may have been asked for.
     kept = folder / _TOKENIZER
-    if model.tokenizer is not None and kept.is_file():
-        if TextTokenizer.from_file(kept).fingerprint != model.tokenizer.fingerprint:
-            kept.unlink()
+    text = model.tokenizer
+    if text and kept.is_file() and TextTokenizer.from_file(kept).fingerprint != text.fingerprint:
+        kept.unlink()
     _write_json(folder / "config.json", model.values)
     _write_json(folder / _VAE_CONFIG, vae.values)
     # The tied head of a file that has it is written again from the embedding.

@@ -26,9 +26,10 @@ from jax.typing import DTypeLike
 from nextstep_jax.data.text_tokenizer import TextTokenizer
 from nextstep_jax.interop import published_config, published_vae_config, streaming
 from nextstep_jax.interop.model_directory import read_json
-from nextstep_jax.interop.tensor_files import TensorFiles, open_tensors
+from nextstep_jax.interop.tensor_files import open_tensors
 from nextstep_jax.interop.tensor_map import Path, Slot, nextstep_slots, vae_slots
 from nextstep_jax.interop.tensor_views import RenamedTensors
+from nextstep_jax.interop.tensors import TensorFiles
 from nextstep_jax.models.config import NextStepConfig, VAEConfig
 from nextstep_jax.models.nextstep import NextStep, gen_position_table, init_params
 from nextstep_jax.models.vae import VAE

@@ -20,9 +20,10 @@ from nextstep_jax.data.text_tokenizer import TextTokenizer, extend_for_images
 from nextstep_jax.interop import huggingface, published_config, streaming
 from nextstep_jax.interop.huggingface import ModelFiles, abstract_model
 from nextstep_jax.interop.model_directory import read_json
-from nextstep_jax.interop.tensor_files import TensorFiles, TensorInfo, open_tensors
+from nextstep_jax.interop.tensor_files import open_tensors
 from nextstep_jax.interop.tensor_map import leaves_of, nextstep_slots, to_published, tree_of
 from nextstep_jax.interop.tensor_views import MemoryTensors, MergedTensors
+from nextstep_jax.interop.tensors import TensorFiles, TensorInfo
 from nextstep_jax.models.config import FLOW_HEADS, NextStepConfig, VAEConfig
 from nextstep_jax.models.nextstep import NextStep, init_params
 

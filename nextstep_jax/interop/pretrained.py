@@ -1,4 +1,4 @@
-"""A model from a folder, whichever form it has: a model directory, or published files as they are."""
+"""A model from a folder in whichever form: a model directory, or published files as they are."""
 
 import pathlib
 

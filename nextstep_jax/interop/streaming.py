@@ -5,8 +5,8 @@ parameter (all layers of, say, a gate projection) and the tensor that is being r
 cut into the shards of this host's devices as it comes, in the dtype that they get.
 """
 
-import math
 import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,9 +16,9 @@ import numpy as np
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
-from nextstep_jax.interop.tensor_files import TensorFiles, TensorInfo
 from nextstep_jax.interop.tensor_map import Path, Slot, leaves_of, to_ours, to_published, tree_of
 from nextstep_jax.interop.tensor_writer import SafetensorsWriter
+from nextstep_jax.interop.tensors import TensorFiles, TensorInfo
 
 # Parameters are handed on in groups of at least this size: writing one has a cost of its own, and
 # the flow head has a hundred small ones. Ours.

@@ -10,18 +10,20 @@ says which tensor is in which shard.
 """
 
 import contextlib
-import difflib
 import json
 import math
 import pathlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
+
+from nextstep_jax.interop.tensors import TensorFiles, TensorInfo, unknown_tensor
+from nextstep_jax.interop.torch_pickle import TorchPickle
 
 SAFETENSORS_DTYPES: Mapping[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
@@ -54,45 +56,6 @@ _TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 # The safetensors library itself refuses longer headers.
 _MAX_HEADER = 100_000_000
 _LFS_POINTER = b"version https://git-lfs"
-
-
-class TensorInfo(NamedTuple):
-    """What is known of a tensor before it is read.
-
-    Attributes:
-        shape: Its axes.
-        dtype: Its dtype on disk; bfloat16 is `ml_dtypes.bfloat16`.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-
-@runtime_checkable
-class TensorFiles(Protocol):
-    """Named tensors on disk, whatever the format.
-
-    Attributes:
-        infos: Shape and dtype of every tensor, by name.
-    """
-
-    infos: Mapping[str, TensorInfo]
-
-    def read(self, name: str) -> Shaped[np.ndarray, "..."]:
-        """The tensor as a fresh C-contiguous array, which nothing else holds.
-
-        Raises:
-            ValueError: There is no such tensor, or its file is cut off or damaged.
-        """
-        ...
-
-    def where(self, name: str) -> pathlib.Path:
-        """The file that holds the tensor, for messages.
-
-        Raises:
-            ValueError: There is no such tensor.
-        """
-        ...
 
 
 class SafetensorsFiles:
@@ -154,20 +117,10 @@ def open_tensors(path: pathlib.Path) -> TensorFiles:
     if path.suffix == ".safetensors":
         return SafetensorsFiles(path, {path: _infos_of(path)})
     if path.suffix in _TORCH_SUFFIXES:
-        # Here and not at the top: the reader of pickles takes `TensorInfo` from this module.
-        from nextstep_jax.interop.torch_pickle import TorchPickle
-
         _refuse_pointer(path)
         return TorchPickle(path)
     accepted = (".safetensors", INDEX_SUFFIX, *_TORCH_SUFFIXES)
     raise ValueError(f"{path} is no checkpoint: expected a name that ends in {list(accepted)}")
-
-
-def unknown_tensor(path: pathlib.Path, name: str, infos: Mapping[str, TensorInfo]) -> ValueError:
-    """The error for a tensor that a file does not have, with the names nearest to it."""
-    near = difflib.get_close_matches(name, infos, n=3)
-    hint = f"; near it: {near}" if near else ""
-    return ValueError(f"{path}: no tensor {name!r} among its {len(infos)}{hint}")
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from jaxtyping import Shaped
 from numpy import ndarray
 
-from nextstep_jax.interop.tensor_files import TensorFiles, TensorInfo
+from nextstep_jax.interop.tensors import TensorFiles, TensorInfo
 
 
 class MemoryTensors:

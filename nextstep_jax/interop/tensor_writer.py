@@ -22,7 +22,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Shaped
 
-from nextstep_jax.interop.tensor_files import INDEX_SUFFIX, SAFETENSORS_DTYPES, TensorInfo
+from nextstep_jax.interop.tensor_files import INDEX_SUFFIX, SAFETENSORS_DTYPES
+from nextstep_jax.interop.tensors import TensorInfo
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _METADATA_KEY = "__metadata__"

@@ -9,6 +9,7 @@ import dataclasses
 import gc
 import json
 import pathlib
+import shutil
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +24,8 @@ _METADATA_FILE = "_CHECKPOINT_METADATA"
 # Replicas of an array share the writing only where a share is worth it: each is a slice that has
 # to be compiled, which for a model of small arrays takes longer than all the writing. Ours.
 _LEAST_BYTES_OF_A_SHARE = 2**20
+# Orbax's name for a tree that is still being written in parts.
+_PARTIAL_SUFFIX = ".partial_save"
 # Long lists in an error message help nobody.
 _MAX_LISTED = 10
 
@@ -252,6 +255,8 @@ def save_tree_in_parts(directory: pathlib.Path, parts: Iterable[Any]) -> None:
         parts: Trees whose union is the tree.
     """
     directory = pathlib.Path(directory).absolute()
+    # Orbax would go on with what a killed run left, and keep its parts.
+    shutil.rmtree(directory.with_name(directory.name + _PARTIAL_SUFFIX), ignore_errors=True)
     for part in parts:
         with _saving():
             ocp.partial.save(directory, part)

@@ -12,10 +12,10 @@ from nextstep_jax.interop import streaming
 from nextstep_jax.interop.huggingface import abstract_model
 from nextstep_jax.interop.published_config import model_from_published
 from nextstep_jax.interop.streaming import check_tensors, load_params, stream_params, write_params
-from nextstep_jax.interop.tensor_files import TensorInfo
 from nextstep_jax.interop.tensor_map import leaves_of, nextstep_slots, tree_of
 from nextstep_jax.interop.tensor_views import MemoryTensors, MergedTensors, RenamedTensors
 from nextstep_jax.interop.tensor_writer import SafetensorsWriter
+from nextstep_jax.interop.tensors import TensorInfo
 from nextstep_jax.models.decoder import unstack_layers
 from nextstep_jax.parallel.mesh import make_mesh
 from nextstep_jax.parallel.sharding import tree_shardings

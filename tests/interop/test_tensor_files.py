@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from nextstep_jax.interop.tensor_files import TensorFiles, TensorInfo, open_tensors
+from nextstep_jax.interop.tensor_files import open_tensors
+from nextstep_jax.interop.tensors import TensorFiles, TensorInfo
 from tests.interop.test_torch_pickle import PLAIN, VALUES, mapping, write_zip
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent

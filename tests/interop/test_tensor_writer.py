@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from nextstep_jax.interop.tensor_files import SAFETENSORS_DTYPES, TensorInfo, open_tensors
+from nextstep_jax.interop.tensor_files import SAFETENSORS_DTYPES, open_tensors
 from nextstep_jax.interop.tensor_writer import SafetensorsWriter, parse_size
+from nextstep_jax.interop.tensors import TensorInfo
 
 
 def tensors_of_all_kinds():

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from nextstep_jax.interop.tensor_files import TensorFiles, TensorInfo
+from nextstep_jax.interop.tensors import TensorFiles, TensorInfo
 from nextstep_jax.interop.torch_pickle import TorchPickle
 
 KINDS = {
@@ -268,7 +268,7 @@ NESTED = name_of("builtins", "getattr") + b"(" + name_of("os", "path") + text("o
         (REBUILD + mapping(_metadata=b"N") + b"b", "the attributes of something of type Function"),
         (name_of("torch", "FloatStorage") + mapping(dtype=b"N") + b"b", "of type StorageType"),
         (storage() + mapping(key=text("1")) + b"b", "something of type Storage"),
-        (PLAIN + mapping(offset=number(9)) + b"b", "something of type Tensor"),
+        (PLAIN + mapping(offset=number(9)) + b"b", "something of type LazyTensor"),
         (ORDERED + mapping(update=number(1)) + b"b", "something of type OrderedDict"),
         (ORDERED + text("ab") + b"b", "something of type OrderedDict"),
         # Calls of what is not a function of ours.
@@ -316,7 +316,7 @@ def test_refuses_by_name(write, body, words):
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (PLAIN, "the top level is of type Tensor, expected tensors by name"),
+        (PLAIN, "the top level is of type LazyTensor, expected tensors by name"),
         (b"](" + PLAIN + b"e", "the top level is of type list"),
         (b"}", "the top level holds no tensor"),
         (mapping(epoch=number(1)), "the top level holds no tensor"),
