@@ -18,6 +18,9 @@ from nextstep_jax.models.config import DecoderConfig, FlowHeadConfig, NextStepCo
 _REQUIRED: Any = object()
 _RELEASED = NextStepConfig()
 
+# What a damaged file asks for beyond these is refused, before the memory for it is.
+MAX_SIZE, MAX_LAYERS = 2**20, 2**10
+
 # The positions that the published shape was made for. Our decoder has no limit of its own: the
 # rotary embedding extends as far as is asked.
 _MAX_POSITION_EMBEDDINGS = 131_072
@@ -96,11 +99,18 @@ class ConfigReader:
         self.left_out(name, default, why)
         return name, default, False
 
-    def integer(self, *names: str, default: Any = _REQUIRED, why: str = "as published") -> int:
-        """A whole number of at least 1."""
+    def integer(
+        self,
+        *names: str,
+        default: Any = _REQUIRED,
+        why: str = "as published",
+        most: int = MAX_SIZE,
+    ) -> int:
+        """A whole number of at least 1 and at most `most`."""
         name, value, given = self._read(names, default, why)
-        if given and (type(value) is not int or value < 1):
-            self.problems.append(f"{name}={value!r} must be an integer of at least 1")
+        if given and (type(value) is not int or not 1 <= value <= most):
+            problem = f"{name}={value!r} must be an integer of at least 1 and at most {most}"
+            self.problems.append(problem)
             return 0
         return value
 
@@ -203,7 +213,9 @@ def model_from_published(
     reader.find(*_LATENT_SIZES)  # Not used, but a file that contradicts itself is not trusted.
     head = {
         "width": reader.integer(*_HEAD_WIDTH, default=_RELEASED.flow_head.width),
-        "num_layers": reader.integer(*_HEAD_LAYERS, default=_RELEASED.flow_head.num_layers),
+        "num_layers": reader.integer(
+            *_HEAD_LAYERS, default=_RELEASED.flow_head.num_layers, most=MAX_LAYERS
+        ),
         "draws_per_token": reader.integer(
             *_HEAD_DRAWS, default=_RELEASED.flow_head.draws_per_token
         ),
@@ -364,7 +376,7 @@ def _read_decoder(reader: ConfigReader) -> dict[str, Any]:
     return {
         "vocab_size": reader.integer("vocab_size"),
         "embed_dim": embed,
-        "num_layers": reader.integer("num_hidden_layers"),
+        "num_layers": reader.integer("num_hidden_layers", most=MAX_LAYERS),
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,

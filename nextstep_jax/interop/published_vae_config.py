@@ -12,7 +12,7 @@ released tokenizer, and a note says so.
 from collections.abc import Mapping
 from typing import Any
 
-from nextstep_jax.interop.published_config import ConfigReader
+from nextstep_jax.interop.published_config import MAX_LAYERS, MAX_SIZE, ConfigReader
 from nextstep_jax.models.config import VAEConfig
 
 _RELEASED = VAEConfig()
@@ -106,7 +106,9 @@ def _read_original(reader: ConfigReader) -> dict[str, Any]:
         "in_channels": _read_in_channels(reader, "out_ch"),
         "channels": channels,
         "channel_multipliers": multipliers,
-        "num_res_blocks": reader.integer("num_res_blocks", default=_RELEASED.num_res_blocks),
+        "num_res_blocks": reader.integer(
+            "num_res_blocks", default=_RELEASED.num_res_blocks, most=MAX_LAYERS
+        ),
         "latent_channels": reader.integer("z_channels", default=_RELEASED.latent_channels),
         "scaling_factor": reader.number(
             "scaling_factor", default=_RELEASED.scaling_factor, above=0.0
@@ -158,7 +160,10 @@ def _read_diffusers(reader: ConfigReader) -> dict[str, Any]:
         "channels": widths[0] if widths else 0,
         "channel_multipliers": tuple(width // widths[0] for width in widths),
         "num_res_blocks": reader.integer(
-            "layers_per_block", default=_RELEASED.num_res_blocks if is_port else 1, why=why
+            "layers_per_block",
+            default=_RELEASED.num_res_blocks if is_port else 1,
+            why=why,
+            most=MAX_LAYERS,
         ),
         "latent_channels": reader.integer(
             "latent_channels", default=_RELEASED.latent_channels if is_port else 4, why=why
@@ -200,7 +205,7 @@ def _integers(reader: ConfigReader, name: str) -> list[int]:
     elif (
         not isinstance(value, list | tuple)
         or not value
-        or any(type(item) is not int or item < 1 for item in value)
+        or any(type(item) is not int or not 1 <= item <= MAX_SIZE for item in value)
     ):
         reader.problems.append(f"{name}={value!r} must be a list of positive integers")
     else:

@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 
 from nextstep_jax.interop.model_directory import (
+    open_params,
+    read_configs,
     read_model_directory,
     read_vae,
     write_model_directory,
     write_vae_config,
+    write_vae_directory,
 )
 from nextstep_jax.models.config import to_dict
+from nextstep_jax.parallel.mesh import make_mesh
 from nextstep_jax.sampling.pipeline import NextStepPipeline
 from nextstep_jax.training.checkpoint import Checkpoint, CheckpointStore, Clock
 from tests import tiny_model
@@ -136,10 +140,51 @@ def test_newest_checkpoint_of_a_run(tmp_path, ema):
     _same_tree(read.params, {"a": small["a"] + 9 + 100 * ema})
 
 
+@pytest.mark.parametrize("stacked", [True, False])
+def test_in_a_dtype_and_on_a_mesh(tmp_path, devices, stacked):
+    params = tiny_model.params() if stacked else tiny_model.unrolled_params()
+    write(tmp_path, params)
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, devices)
+    read = read_model_directory(tmp_path, dtype=jax.numpy.bfloat16, mesh=mesh)
+    _same_tree(read.params, jax.tree.map(lambda x: x.astype("bfloat16"), params))
+    assert {leaf.dtype for leaf in jax.tree.leaves(read.params)} == {np.dtype("bfloat16")}
+    layers = read.params["decoder"]["layers" if stacked else "layers_1"]
+    kernel = layers["mlp"]["up_proj"]["kernel"]
+    assert kernel.sharding.mesh == mesh
+    assert kernel.addressable_shards[0].data.shape[-2:] == (16, 24)
+    # The image tokenizer is small, and stays as it is.
+    assert read.vae_params["encoder"]["conv_in"]["kernel"].dtype == np.float32
+
+
+def test_only_a_converted_one_may_lack_its_text_tokenizer(tmp_path):
+    arguments = (tiny_model.CONFIG, tiny_model.VAE_CONFIG, tiny_model.vae_params())
+    write_model_directory(tmp_path, *arguments, None, SAMPLING, tiny_model.params())
+    with pytest.raises(ValueError, match=r"cannot read the tokenizer .*tokenizer.json"):
+        read_model_directory(tmp_path)
+    (tmp_path / "published").mkdir()
+    assert read_model_directory(tmp_path).tokenizer is None
+
+
+def test_the_parts_that_need_no_weights(tmp_path, directory):
+    write(tmp_path)
+    expected = (tiny_model.CONFIG, tiny_model.VAE_CONFIG, SAMPLING)
+    assert read_configs(tmp_path) == read_configs(directory) == expected
+    with pytest.raises(FileNotFoundError, match="no finished checkpoint in"):
+        open_params(tmp_path)
+    shapes = jax.tree.map(lambda x: x.shape, tiny_model.params())
+    assert jax.tree.map(lambda x: x.shape, open_params(directory).abstract) == shapes
+    with pytest.raises(FileNotFoundError, match=r"is not a model directory: .* no model.json"):
+        read_configs(tmp_path / "none")
+
+
 def test_vae_alone(tmp_path, directory):
     config, params = read_vae(directory)
     assert config == tiny_model.VAE_CONFIG
     _same_tree(params, tiny_model.vae_params())
+    write_vae_directory(tmp_path / "alone", config, params)
+    alone = read_vae(tmp_path / "alone")
+    assert alone[0] == config
+    _same_tree(alone[1], params)
 
     with pytest.raises(FileNotFoundError, match=r"holds no image tokenizer: no vae\.json"):
         read_vae(tmp_path)

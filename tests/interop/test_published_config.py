@@ -317,6 +317,8 @@ def test_all_missing_keys_are_named_at_once():
         ("num_hidden_layers", -3, "must be an integer of at least 1"),
         ("vocab_size", True, "must be an integer of at least 1"),
         ("fm_head_dim", 0, "must be an integer of at least 1"),
+        ("num_hidden_layers", 2**31, "must be an integer of at least 1 and at most 1024"),
+        ("intermediate_size", 10**30, "at most 1048576"),
         ("num_key_value_heads", 0, "must be an integer of at least 1"),
         ("head_dim", 15, "must be even"),
         ("rms_norm_eps", "1e-5", "must be a finite number"),

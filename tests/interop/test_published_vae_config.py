@@ -247,6 +247,7 @@ def test_a_shrunk_flux():
         (RECORDED, {"ch_mult": 4}, "ch_mult=4 must be a list of positive integers"),
         (RECORDED, {"encoder_norm": 1}, "encoder_norm=1 must be true or false"),
         (RECORDED, {"encoder_norm": True, "psz": 0}, "psz=0 must be an integer of at least 1"),
+        (RECORDED, {"encoder_norm": True, "psz": 2**40}, "psz=1099511627776 must be an integer"),
         (RECORDED, {"scaling_factor": 0}, "scaling_factor=0 must be a number above 0"),
         (RECORDED, {"shift_factor": "0"}, "shift_factor='0' must be a finite number"),
         (FLUX, {"out_channels": 4}, "out_channels=4 must equal in_channels=3"),

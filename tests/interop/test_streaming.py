@@ -264,7 +264,7 @@ def test_names_without_a_prefix(tensors):
     for name, tensor in tensors.items():
         assert files.read(name) is tensor
     double = MemoryTensors({**prefixed, "norm.weight": tensors["norm.weight"]})
-    with pytest.raises(ValueError, match="with and without 'model.' in front: norm.weight"):
+    with pytest.raises(ValueError, match=r"with and without 'model.' in front: norm.weight"):
         RenamedTensors(double, "model.")
 
 

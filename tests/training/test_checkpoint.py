@@ -2,6 +2,7 @@ import json
 import logging
 import shutil
 import types
+import weakref
 
 import grain
 import jax
@@ -245,3 +246,99 @@ def test_trees(tmp_path):
     loaded = checkpoint.load_tree(tmp_path / "tree")
     assert equal(loaded, tree)
     assert loaded["b"].dtype == jnp.bfloat16
+
+
+def make_tree(mesh):
+    """Two branches that come in parts, one of them sharded."""
+    place = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+    return {
+        "a": {"x": jax.device_put(jnp.arange(64.0).reshape(8, 8), place), "y": jnp.ones(3)},
+        "b": jnp.full((2,), 1.5, jnp.bfloat16),
+    }
+
+
+def test_a_tree_in_parts(tmp_path, meshes, caplog):
+    """What `save_tree` writes; not there before it is whole; never more than a part at a time."""
+    tree, alive = make_tree(meshes.first), []
+
+    def parts():
+        for keys in (("a", "x"), ("a", "y"), ("b",)):
+            assert not (tmp_path / "tree").exists()
+            # Of the part before, nobody holds the container any more.
+            assert [ref() for ref in alive] == [None] * len(alive)
+            part = tree[keys[0]] if keys == ("b",) else Part({keys[1]: tree["a"][keys[1]]})
+            part = Part({keys[0]: part})
+            alive.append(weakref.ref(part))
+            yield part
+            del part
+
+    with caplog.at_level(logging.WARNING):
+        checkpoint.save_tree_in_parts(tmp_path / "tree", parts())
+    assert not caplog.records
+    assert len(alive) == 3
+    checkpoint.save_tree(tmp_path / "whole", tree)
+    loaded, whole = (checkpoint.load_tree(tmp_path / name) for name in ("tree", "whole"))
+    assert jax.tree.structure(loaded) == jax.tree.structure(whole)
+    assert equal(loaded, tree)
+    assert equal(whole, tree)
+    assert loaded["b"].dtype == jnp.bfloat16
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tree", "whole"]
+    with pytest.raises(FileExistsError):
+        checkpoint.save_tree_in_parts(tmp_path / "tree", [{"c": jnp.ones(1)}])
+    assert equal(checkpoint.load_tree(tmp_path / "tree"), tree)
+
+
+class Part(dict):
+    """A dict that can be watched; to jax it is a tree like any other."""
+
+
+jax.tree_util.register_pytree_with_keys(
+    Part,
+    lambda part: ([(jax.tree_util.DictKey(k), part[k]) for k in sorted(part)], sorted(part)),
+    lambda keys, leaves: Part(zip(keys, leaves, strict=True)),
+)
+
+
+def test_a_tree_whose_parts_stop(tmp_path):
+    """It is not there; and what it left does not get into the next attempt."""
+
+    def broken():
+        yield {"old": jnp.ones(2)}
+        raise OSError("the file is cut off")
+
+    with pytest.raises(OSError, match="cut off"):
+        checkpoint.save_tree_in_parts(tmp_path / "tree", broken())
+    assert not (tmp_path / "tree").exists()
+    checkpoint.save_tree_in_parts(tmp_path / "tree", [{"new": jnp.ones(3)}])
+    assert equal(checkpoint.load_tree(tmp_path / "tree"), {"new": jnp.ones(3)})
+    assert [path.name for path in tmp_path.iterdir()] == ["tree"]
+
+
+def test_stored_params_in_parts(tmp_path, meshes):
+    """A part of a tree, in a dtype and on a mesh of one's own."""
+    tree = make_tree(meshes.first)
+    checkpoint.save_tree(tmp_path / "tree", tree)
+    stored = checkpoint.StoredParams(tmp_path / "tree")
+    assert stored.step is None
+    assert stored.abstract["a"]["x"] == jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    assert stored.abstract["b"].dtype == jnp.bfloat16
+    part = stored.load({"a": {"y": stored.abstract["a"]["y"]}})
+    assert list(part) == ["a"]
+    assert equal(part, {"a": {"y": tree["a"]["y"]}})
+    assert part["a"]["y"].sharding.device_set == {jax.devices()[0]}
+    place = NamedSharding(meshes.second, meshes.columns)
+    leaf = jax.ShapeDtypeStruct((8, 8), jnp.bfloat16, sharding=place)
+    loaded = stored.load({"a": {"x": leaf}})["a"]["x"]
+    assert (loaded.dtype, loaded.sharding) == (jnp.bfloat16, place)
+    np.testing.assert_array_equal(loaded, tree["a"]["x"].astype(jnp.bfloat16))
+
+
+def test_stored_params_of_a_run(saved):
+    """Of the average where there is one; other leaves of the state are not touched."""
+    stored = checkpoint.stored_params(saved.directory)
+    assert stored.step == 5
+    assert set(stored.abstract) == {"a", "b"}
+    part = stored.load({"b": stored.abstract["b"]})
+    assert equal(part, {"b": saved.state.ema["b"]})
+    params = checkpoint.stored_params(saved.directory, ema=False)
+    assert equal(params.load({"b": params.abstract["b"]}), {"b": saved.state.params["b"]})
