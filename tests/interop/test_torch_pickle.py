@@ -190,8 +190,8 @@ def test_later_protocols(write):
 def test_unknown_name(write):
     file = TorchPickle(write(mapping(weight=PLAIN)))
     for call in (file.read, file.where):
-        with pytest.raises(ValueError, match=r"no tensor 'weigth' among its 1; .*\['weight'\]"):
-            call("weigth")
+        with pytest.raises(ValueError, match=r"no tensor 'weights' among its 1; .*\['weight'\]"):
+            call("weights")
 
 
 def test_memory_is_that_of_one_tensor(write):
