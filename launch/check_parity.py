@@ -17,7 +17,8 @@ import jax
 from absl import app
 from absl.flags import argparse_flags
 
-from nextstep_jax.evaluation.recorded_run import RecordedRun, summary, table, with_tolerance
+from nextstep_jax.evaluation.comparison import summary, table, with_tolerance
+from nextstep_jax.evaluation.recorded_run import RecordedRun
 from nextstep_jax.training.logs import set_up_logging
 
 
@@ -43,11 +44,17 @@ def main(args: argparse.Namespace) -> None:
     set_up_logging()
     # Accelerators would otherwise multiply float32 in fewer bits.
     jax.config.update("jax_default_matmul_precision", "highest")
+    comparisons = []
     try:
+        if args.rtol is not None and not args.rtol >= 0:
+            raise ValueError(f"rtol={args.rtol} must be at least 0")
         run = RecordedRun(pathlib.Path(args.golden))
-        comparisons = list(with_tolerance(run.compare_all(august_loss=args.august_loss), args.rtol))
+        found = run.compare_all(august_loss=args.august_loss)
+        comparisons.extend(with_tolerance(found, args.rtol))
     except (ValueError, OSError, KeyError) as error:
         logging.debug("where it was raised", exc_info=True)
+        if comparisons:
+            print(table(comparisons))
         missing = isinstance(error, KeyError)
         sys.exit(f"error: the recording lacks {error}" if missing else f"error: {error}")
     print(table(comparisons))

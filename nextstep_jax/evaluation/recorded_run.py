@@ -9,20 +9,26 @@ Relative error is max |ours - recorded| / max |recorded|. Arrays on disk are in 
 axes: (batch, channels, height, width).
 """
 
-import dataclasses
 import functools
+import math
 import pathlib
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Bool, Float, Num, Shaped
+from jaxtyping import Bool, Float, Shaped
 
+from nextstep_jax.evaluation.comparison import (
+    NORMALISED_LATENT,
+    SAMPLED,
+    Comparison,
+    compare,
+)
 from nextstep_jax.flow.solvers import get_solver
 from nextstep_jax.interop.huggingface import find_vae, open_model, open_vae
 from nextstep_jax.interop.model_directory import read_json
@@ -42,65 +48,33 @@ from nextstep_jax.sampling.generate import (
 )
 from nextstep_jax.training.pretrain import nextstep_losses
 
-# Relative errors that float32 arithmetic in another order explains. The normalised latent divides
-# by standard deviations down to 0.06, and a generation feeds its errors back.
-SINGLE_PASS, NORMALISED_LATENT, SAMPLED = 1e-5, 5e-5, 1e-4
 # Names of the recordings -> ours.
 _SCHEDULES = {"constant": "constant", "linear": "falling"}
 _SOLVERS = {"ode": "ode", "sde": "flow_sde", "cps": "flow_cps"}
 # The image guidance of the recorded single tokens with three branches.
 _IMAGE_SCALE = 2.0
 _IGNORED_LABEL = -100
+_META = {
+    **dict.fromkeys(("cfg", "cfg_img", "shift", "lm_w", "im_w"), "number"),
+    **{"steps": "count", "use_norm": "flag", "sched": "schedule", "latent_hw": "grid"},
+}
+_SAMPLER_META = {
+    **dict.fromkeys(("shift", "noise_level", "cfg", "cfg_img"), "number"),
+    "steps": "count",
+}
+_NEEDED = (
+    *(f"vae_{name}" for name in ("in", "moments", "mean", "logvar", "dec")),
+    *(f"train_{name}" for name in ("ids", "labels", "latents", "lm_loss")),
+    *(f"{p}_{name}" for p in ("train", "trainp") for name in ("noise", "u", "im_loss", "loss")),
+    *("hidden", "logits", "head_x", "head_t", "head_c", "head_v"),
+    *(f"sample_{b}/{name}" for b in ("nocfg", "cfg", "cfg2") for name in ("c", "noise", "out")),
+    *(f"gen_{name}" for name in ("ids", "mask", "noise", "tokens", "latents", "image")),
+)
 # Arrays of a recording that are given, not compared.
 _INPUT = re.compile(
     r"vae_in|train_(ids|labels|latents)|trainp?_(noise|u)|head_[xtc]|gen_(ids|mask|noise)"
     r"|[^/]+/(c|x0|noise)"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """One recorded quantity and ours.
-
-    Attributes:
-        name: As in the recording.
-        shape: Of the array.
-        absolute: Largest absolute error.
-        relative: Largest absolute error over the largest recorded magnitude.
-        tolerance: Of the relative error.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    absolute: float
-    relative: float
-    tolerance: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether the error is within the tolerance; NaN is not."""
-        return self.relative <= self.tolerance
-
-
-def compare(
-    name: str,
-    ours: Num[Any, "..."],
-    recorded: Shaped[np.ndarray, "..."],
-    tolerance: float = SINGLE_PASS,
-) -> Comparison:
-    """Compares two arrays of one shape.
-
-    Raises:
-        ValueError: The shapes differ.
-    """
-    ours = np.asarray(ours, np.float64)
-    if ours.shape != recorded.shape:
-        raise ValueError(f"{name}: ours is {ours.shape}, recorded {recorded.shape}")
-    absolute = float(np.abs(ours - recorded).max())
-    scale = float(np.abs(recorded).max())
-    # Zeros have to be met exactly.
-    relative = absolute / scale if scale > 0 else (0.0 if absolute == 0 else float("inf"))
-    return Comparison(name, recorded.shape, absolute, relative, tolerance)
 
 
 class RecordedRun:
@@ -122,9 +96,17 @@ class RecordedRun:
 
         Raises:
             FileNotFoundError: Something is not there.
-            ValueError: See `interop.huggingface`.
+            ValueError: Arrays or settings are missing or malformed; see also
+                `interop.huggingface`.
         """
-        directory = pathlib.Path(directory)
+        self._directory = directory = pathlib.Path(directory)
+        self.golden = _arrays(directory / "golden.npz")
+        later = directory / "samplers.npz"
+        self.samplers = _arrays(later) if later.is_file() else {}
+        self.meta = _settings(directory / "meta.json", _META)
+        path = directory / "samplers.json"
+        self.sampler_meta = _settings(path, _SAMPLER_META) if self.samplers else {}
+        _check_arrays(directory / "golden.npz", self.golden, self.meta)
         folder = directory / "model"
         beside = directory / "vae"
         values = read_json(folder / "config.json")
@@ -135,13 +117,8 @@ class RecordedRun:
         groups = opened.stream(scan_layers=False, dtype=jnp.float32)
         self.params: dict[str, Any] = tree_of_groups(groups)
         self.vae, self._vae_params = VAE(vae.config), vae.load(jnp.float32)
-        self.golden = _arrays(directory / "golden.npz")
-        self.meta = read_json(directory / "meta.json")
         # Compiled once for both kinds of losses.
         self._loss_and_grads = jax.jit(jax.value_and_grad(self._loss, has_aux=True))
-        later = directory / "samplers.npz"
-        self.samplers = _arrays(later) if later.is_file() else {}
-        self.sampler_meta = read_json(directory / "samplers.json") if self.samplers else {}
 
     def compare_all(self, *, august_loss: bool = True) -> Iterator[Comparison]:
         """Every recorded quantity.
@@ -150,15 +127,25 @@ class RecordedRun:
             august_loss: Also the losses of the code of August 2025, which feeds hidden states to
                 the flow head without the output projector. The model never does.
         """
-        yield from self.compare_vae()
-        yield from self.compare_decoder()
-        yield from self.compare_head()
-        yield from self.compare_losses("trainp", "gradp")
+        stages = {
+            "image tokenizer": self.compare_vae,
+            "decoder": self.compare_decoder,
+            "flow head": self.compare_head,
+            "losses": functools.partial(self.compare_losses, "trainp", "gradp"),
+        }
         if august_loss:
-            yield from self.compare_losses("train", "grad", without_projector=True)
-        yield from self.compare_august_sampler()
-        yield from self.compare_later_samplers()
-        yield from self.compare_generation()
+            august = functools.partial(self.compare_losses, without_projector=True)
+            stages["losses of August 2025"] = functools.partial(august, "train", "grad")
+        stages["sampler of August 2025"] = self.compare_august_sampler
+        stages["later samplers"] = self.compare_later_samplers
+        stages["generation"] = self.compare_generation
+        for name, stage in stages.items():
+            try:
+                yield from stage()
+            # What arrays that do not go together raise, from numpy, jax or us.
+            except (ValueError, TypeError, IndexError) as error:
+                first = str(error).splitlines()[0]
+                raise ValueError(f"{self._directory}, {name}: {first}") from error
 
     def compare_vae(self) -> Iterator[Comparison]:
         """Encoder moments, normalised mean, log-variance; the decoder on the recorded mean."""
@@ -386,6 +373,42 @@ def draws_by_row(
     return u.reshape(-1, num_tokens)[:, order], blocks[:, order]
 
 
+def _settings(path: pathlib.Path, kinds: Mapping[str, str]) -> dict[str, Any]:
+    """A JSON file of settings, each of the kind that it has to be; all that is wrong is named."""
+    values = read_json(path)
+    problems = []
+    for name, kind in kinds.items():
+        value = values.get(name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        right = {
+            "number": number and math.isfinite(value),
+            "count": type(value) is int and value > 0,
+            "flag": isinstance(value, bool),
+            "schedule": isinstance(value, str) and value in _SCHEDULES,
+            "grid": isinstance(value, list)
+            and len(value) == 2
+            and all(type(side) is int and side > 0 for side in value),
+        }
+        if not right[kind]:
+            problems.append(f"{name}={value!r} is no {kind}" if name in values else f"no {name}")
+    if problems:
+        raise ValueError(f"{path}: {'; '.join(problems)}")
+    return values
+
+
+def _check_arrays(
+    path: pathlib.Path, arrays: Mapping[str, Shaped[np.ndarray, "..."]], meta: Mapping[str, Any]
+) -> None:
+    """Names every array that a comparison will ask for and that is not there."""
+    missing = [name for name in _NEEDED if name not in arrays]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    rows, columns = meta["latent_hw"]
+    found = arrays["gen_tokens"].shape[1]
+    if found != rows * columns:
+        raise ValueError(f"{path}: gen_tokens has {found} tokens, latent_hw is {rows}x{columns}")
+
+
 def _arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz file."""
     try:
@@ -413,32 +436,3 @@ def _channels_last(x: Float[np.ndarray, "n c h w"]) -> jax.Array:
 
 def _channels_first(x: Float[Any, "n h w c"]) -> np.ndarray:
     return np.asarray(x).transpose(0, 3, 1, 2)
-
-
-def table(comparisons: Sequence[Comparison]) -> str:
-    """A line for each comparison, and a head."""
-    lines = [("quantity", "shape", "max abs", "max rel", "tolerance", "")]
-    for one in comparisons:
-        shape = "x".join(map(str, one.shape)) or "scalar"
-        errors = (f"{one.absolute:.1e}", f"{one.relative:.1e}", f"{one.tolerance:.0e}")
-        lines.append((one.name, shape, *errors, "pass" if one.passed else "FAIL"))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
-
-
-def with_tolerance(
-    comparisons: Iterator[Comparison], tolerance: float | None
-) -> Iterator[Comparison]:
-    """The comparisons, with one tolerance for all if there is one."""
-    for one in comparisons:
-        yield one if tolerance is None else dataclasses.replace(one, tolerance=tolerance)
-
-
-def summary(comparisons: Sequence[Comparison]) -> str:
-    """PASS n/n, or FAIL and how many of how many failed."""
-    failed = sum(not one.passed for one in comparisons)
-    total = len(comparisons)
-    return f"FAIL {failed}/{total}" if failed else f"PASS {total}/{total}"

@@ -16,6 +16,7 @@ import logging
 import os
 import pathlib
 import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -55,6 +56,7 @@ PUBLISHED = "published"
 _NOTES, _BUFFERS = "notes.json", "buffers.safetensors"
 _TOKENIZER = "tokenizer.json"
 _VAE_CONFIG = "vae_config.json"
+_UNFINISHED = ".unfinished"
 # Small files of a published model that travel along: the tokenizer's other files, its code.
 _COMPANIONS = (".json", ".txt", ".py")
 _LARGEST_COMPANION = 2**25
@@ -166,6 +168,7 @@ def export_checkpoint(
     infos |= {name: TensorInfo(tuple(x.shape), x.dtype) for name, x in extra.items()}
     if notes.get("has_head"):
         infos[_HEAD] = infos[_EMBEDDING]
+    renamed = notes.get("renamed", {})
     values = _model_values(config, published, notes, infos[_EMBEDDING].dtype.name)
     with written_aside(out) as folder:
         if published.is_dir():
@@ -174,14 +177,17 @@ def export_checkpoint(
         tokenizer = checkpoint / _TOKENIZER
         if tokenizer.is_file() and not (folder / tokenizer.name).is_file():
             shutil.copyfile(tokenizer, folder / tokenizer.name)
-        with SafetensorsWriter(folder, infos, max_shard_size=max_shard_size) as writer:
+        theirs = {renamed.get(name, name): info for name, info in infos.items()}
+        slots = [dataclasses.replace(s, name=renamed.get(s.name, s.name)) for s in slots]
+        with SafetensorsWriter(folder, theirs, max_shard_size=max_shard_size) as writer:
             parts = map(tree_of, streaming.in_groups(abstract))
-            streaming.write_params(map(leaves_of, map(stored.load, parts)), slots, writer, infos)
+            streaming.write_params(map(leaves_of, map(stored.load, parts)), slots, writer, theirs)
             if notes.get("has_head"):
                 embedding = stored.load({"embed_tokens": stored.abstract["embed_tokens"]})
-                writer.write(_HEAD, np.asarray(embedding["embed_tokens"]))
+                head = renamed.get(_HEAD, _HEAD)
+                writer.write(head, np.asarray(embedding["embed_tokens"]))
             for name, tensor in extra.items():
-                writer.write(name, tensor)
+                writer.write(renamed.get(name, name), tensor)
         (folder / "vae").mkdir()
         _export_vae(vae_values, vae_params, folder / "vae")
 
@@ -196,17 +202,20 @@ def written_aside(out: pathlib.Path) -> Iterator[pathlib.Path]:
     out = pathlib.Path(out).absolute()
     if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is there already; give another --out or remove it")
-    unfinished = out.with_name(out.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # Of a run that was killed.
+    out = out.resolve()  # The folder that a link stands for, not the link.
+    for left in sorted(out.parent.glob(f"{out.name}.*{_UNFINISHED}")):
+        logging.warning("%s is of a run that was killed, or that still goes on", left)
+    # A name of its own: two runs do not write into one folder, and nobody else's is touched.
+    unfinished = out.with_name(f"{out.name}.{secrets.token_hex(4)}{_UNFINISHED}")
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
+        if out.exists():
+            out.rmdir()
+        unfinished.rename(out)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    if out.exists():
-        out.rmdir()
-    unfinished.rename(out)
 
 
 def natural_key(name: str) -> list[Any]:
@@ -241,6 +250,7 @@ def _keep(
         "has_head": has_head,
         "dtype": None if dtype is None else np.dtype(dtype).name,
         "dtypes": {} if dtype is not None else narrow_dtypes(model.files, model.slots()),
+        "renamed": getattr(model.files, "renamed", {}),
     }
     _write_json(folder / _NOTES, notes)
 
@@ -303,12 +313,17 @@ def _model_values(
 
 
 def _vae_values(config: VAEConfig, published: pathlib.Path) -> dict[str, Any]:
-    """The image tokenizer's config.json: the one that came along if it has the original names."""
+    """The image tokenizer's config.json: the one that came along if it has the original names.
+
+    What that one leaves out is written: the class that reads it has other defaults than we took.
+    """
+    complete = published_vae_config.vae_to_published(config)
     if published.is_dir():
         values = read_json(published / _VAE_CONFIG)
-        if "ch_mult" in values and published_vae_config.vae_from_published(values)[0] == config:
-            return values
-    return published_vae_config.vae_to_published(config)
+        original = not published_vae_config.is_diffusers(values)
+        if original and published_vae_config.vae_from_published(values)[0] == config:
+            return {**values, **{k: v for k, v in complete.items() if k not in values}}
+    return complete
 
 
 def _export_vae(values: Mapping[str, Any], params: Any, folder: pathlib.Path) -> None:

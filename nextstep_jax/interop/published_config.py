@@ -13,13 +13,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from nextstep_jax.interop.config_reader import MAX_LAYERS, ConfigReader
 from nextstep_jax.models.config import DecoderConfig, FlowHeadConfig, NextStepConfig
 
-_REQUIRED: Any = object()
 _RELEASED = NextStepConfig()
-
-# What a damaged file asks for beyond these is refused, before the memory for it is.
-MAX_SIZE, MAX_LAYERS = 2**20, 2**10
 
 # The positions that the published shape was made for. Our decoder has no limit of its own: the
 # rotary embedding extends as far as is asked.
@@ -27,6 +24,8 @@ _MAX_POSITION_EMBEDDINGS = 131_072
 
 # Side of the latent of a 512x512 image, as in the pretrained checkpoint; nothing depends on it.
 _LATENT_SIZE = 64
+
+_DISTINCT_IDS = ("pad_id", "image_area_id", "boi_id", "eoi_id", "image_placeholder_id")
 
 # The same value under the name of NextStep-1 and under the name of the training code.
 _LATENT_SIZES = ("latent_size", "image_size")
@@ -47,110 +46,6 @@ _PAIRS = (
 )
 _OLDER_NAMES = {older for _, older in _PAIRS} | {"genloss_net_arch", "genloss_type"}
 _IMAGE_KEYS = _OLDER_NAMES | {newer for newer, _ in _PAIRS} | {"boi", "eoi", "image_placeholder_id"}
-
-
-class ConfigReader:
-    """Typed reading of one `config.json`, which collects faults instead of stopping at the first.
-
-    A null counts as left out, as the original classes write null for a default. A read that fails
-    yields 0, so that reading can go on; `finish` then raises.
-
-    Attributes:
-        values: Content of the file.
-        problems: What makes the file unusable.
-        notes: What the file leaves out, and what was taken instead.
-    """
-
-    def __init__(self, values: Mapping[str, Any]):
-        self.values = values
-        self.problems: list[str] = []
-        self.notes: list[str] = []
-
-    def get(self, name: str) -> Any:
-        """The value of a key, or None; a dot leads into a nested mapping."""
-        value: Any = self.values
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        return value
-
-    def find(self, *names: str) -> tuple[str, Any]:
-        """The first of the synonymous keys that is given, and its value, or None.
-
-        Keys that are given but differ are a problem.
-        """
-        given = [(name, self.get(name)) for name in names if self.get(name) is not None]
-        if any(value != given[0][1] for _, value in given):
-            contradiction = " but ".join(f"{name}={value!r}" for name, value in given)
-            self.problems.append(f"{contradiction}: the two name the same value")
-        return given[0] if given else (" or ".join(names), None)
-
-    def left_out(self, name: str, taken: Any, why: str) -> None:
-        """Notes that a value was not given."""
-        self.notes.append(f"{name}: not given, taken as {taken!r} ({why})")
-
-    def _read(self, names: tuple[str, ...], default: Any, why: str) -> tuple[str, Any, bool]:
-        """Name and value of the first key given, or the default, and whether it was given."""
-        name, value = self.find(*names)
-        if value is not None:
-            return name, value, True
-        if default is _REQUIRED:
-            self.problems.append(f"{name} is missing")
-            return name, 0, False
-        self.left_out(name, default, why)
-        return name, default, False
-
-    def integer(
-        self,
-        *names: str,
-        default: Any = _REQUIRED,
-        why: str = "as published",
-        most: int = MAX_SIZE,
-    ) -> int:
-        """A whole number of at least 1 and at most `most`."""
-        name, value, given = self._read(names, default, why)
-        if given and (type(value) is not int or not 1 <= value <= most):
-            problem = f"{name}={value!r} must be an integer of at least 1 and at most {most}"
-            self.problems.append(problem)
-            return 0
-        return value
-
-    def number(
-        self,
-        *names: str,
-        default: Any = _REQUIRED,
-        why: str = "as published",
-        above: float = -math.inf,
-        least: float = -math.inf,
-    ) -> float:
-        """A finite number above `above` and of at least `least`."""
-        name, value, given = self._read(names, default, why)
-        if given and (type(value) not in (int, float) or not math.isfinite(value)):
-            self.problems.append(f"{name}={value!r} must be a finite number")
-            return 0.0
-        if given and (value <= above or value < least):
-            bound = f"above {above:g}" if value <= above else f"of at least {least:g}"
-            self.problems.append(f"{name}={value!r} must be a number {bound}")
-            return 0.0
-        return float(value)
-
-    def flag(self, name: str, default: bool, why: str = "as published") -> bool:
-        """True or false."""
-        _, value, _ = self._read((name,), default, why)
-        if not isinstance(value, bool):
-            self.problems.append(f"{name}={value!r} must be true or false")
-        return value is True
-
-    def accept(self, name: str, *accepted: Any) -> None:
-        """Refuses a key whose value is given and none of `accepted`: we do not compute it."""
-        value = self.get(name)
-        if value is not None and value not in accepted:
-            choice = " or ".join(repr(a) for a in accepted)
-            self.problems.append(f"{name}={value!r} is not supported, only {choice}")
-
-    def finish(self, what: str) -> None:
-        """Raises one ValueError with all problems, if there are any."""
-        if self.problems:
-            raise ValueError(f"{what} cannot be used: {'; '.join(self.problems)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +105,6 @@ def model_from_published(
         ("use_mlp_before_lm_head", False),
     ):
         reader.accept(name, accepted)
-    reader.find(*_LATENT_SIZES)  # Not used, but a file that contradicts itself is not trusted.
     head = {
         "width": reader.integer(*_HEAD_WIDTH, default=_RELEASED.flow_head.width),
         "num_layers": reader.integer(
@@ -491,11 +385,23 @@ def _read_ids(reader: ConfigReader, vocab_size: int, image_area_id: int | None) 
     name, area = reader.find("image_area_id", "image_area")
     if image_area_id is not None:
         name, area = "image_area_id", image_area_id
-    elif area is None and ids["boi_id"] < 0:
-        return ids  # There is nothing to derive it from, and a problem is recorded.
-    elif area is None:
+    if area is not None:
+        ids["image_area_id"] = _check_id(reader, name, area, vocab_size)
+    _check_distinct(reader, {name: ids[name] for name in _DISTINCT_IDS if name in ids})
+    if area is None:
         # The published order is padding, area, boi.
-        name, area = "image_area_id", ids["boi_id"] - 1
-        reader.left_out(name, area, "the id before boi")
-    ids["image_area_id"] = _check_id(reader, name, area, vocab_size)
+        free = (i for i in (ids["boi_id"] - 1, *range(vocab_size)) if i not in ids.values())
+        ids["image_area_id"] = next((i for i in free if 0 <= i < vocab_size), 0)
+        why = "the id before boi" if ids["image_area_id"] == ids["boi_id"] - 1 else "a free id"
+        reader.left_out("image_area_id", ids["image_area_id"], why)
     return ids
+
+
+def _check_distinct(reader: ConfigReader, ids: Mapping[str, int]) -> None:
+    """What opens, fills and closes an image cannot be one token."""
+    by_id: dict[int, list[str]] = {}
+    for name, value in ids.items():
+        by_id.setdefault(value, []).append(name)
+    for value, names in by_id.items():
+        if len(names) > 1 and value >= 0:  # Below zero a problem is recorded already.
+            reader.problems.append(f"{' and '.join(names)} are both {value}")

@@ -12,7 +12,7 @@ released tokenizer, and a note says so.
 from collections.abc import Mapping
 from typing import Any
 
-from nextstep_jax.interop.published_config import MAX_LAYERS, MAX_SIZE, ConfigReader
+from nextstep_jax.interop.config_reader import MAX_LAYERS, MAX_SIZE, ConfigReader
 from nextstep_jax.models.config import VAEConfig
 
 _RELEASED = VAEConfig()
@@ -23,6 +23,11 @@ _DIFFUSERS_KEYS = {"block_out_channels", "layers_per_block", "norm_num_groups", 
 
 # The keys of the latent's normalisation, which no plain AutoencoderKL has.
 _NORM_KEYS = ("encoder_norm", "psz")
+
+
+def is_diffusers(values: Mapping[str, Any]) -> bool:
+    """Whether a configuration has the names of diffusers."""
+    return bool(_DIFFUSERS_KEYS & set(values))
 
 
 def vae_from_published(values: Mapping[str, Any]) -> tuple[VAEConfig, tuple[str, ...]]:

@@ -25,8 +25,6 @@ from nextstep_jax.interop.tensors import TensorFiles, TensorInfo
 _GROUP_BYTES = 2**26
 # Bytes that the arrays of a CPU device are aligned to.
 _ALIGNMENT = 64
-# A list of many hundreds, of another model altogether, helps nobody.
-_MAX_LISTED = 100
 
 
 def check_tensors(
@@ -59,7 +57,7 @@ def check_tensors(
         if name in files.infos and not jnp.issubdtype(files.infos[name].dtype, jnp.floating)
     ]
     problems = [
-        f"{len(names)} {kind}: {_listed(names)}"
+        f"{len(names)} {kind}: {', '.join(names)}"
         for kind, names in (
             ("missing", missing),
             ("unexpected", unexpected),
@@ -207,8 +205,3 @@ def write_params(
                 tensor = to_published(part, slot.layout).astype(infos[slot.name].dtype)
                 writer.write(slot.name, np.ascontiguousarray(tensor))
         del group, array, part, tensor  # Else they would stay until the next group is there.
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _MAX_LISTED
-    return ", ".join(names[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")

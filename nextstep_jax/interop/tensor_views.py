@@ -35,6 +35,7 @@ class RenamedTensors:
 
     Attributes:
         infos: Shape and dtype by the new names.
+        renamed: The old name of every tensor that has another one now.
     """
 
     def __init__(self, files: TensorFiles, prefix: str):
@@ -50,6 +51,7 @@ class RenamedTensors:
         self._files = files
         self._names = {name.removeprefix(prefix): name for name in files.infos}
         self.infos = {new: files.infos[old] for new, old in self._names.items()}
+        self.renamed = {new: old for new, old in self._names.items() if new != old}
 
     def read(self, name: str) -> Shaped[ndarray, "..."]:
         """The tensor of a new name."""

@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 
 from nextstep_jax.evaluation import recorded_run
-from nextstep_jax.evaluation.recorded_run import (
+from nextstep_jax.evaluation.comparison import (
     Comparison,
-    RecordedRun,
     compare,
-    draws_by_row,
     summary,
     table,
     with_tolerance,
 )
+from nextstep_jax.evaluation.recorded_run import RecordedRun, draws_by_row
 from tests.published_files import CASE
 
 STAGES = {

@@ -2,6 +2,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -447,22 +448,47 @@ convert.import_model(model, vae, out, image_size=64)
 """
 
 
-def test_killed_with_the_weights_written(published, tmp_path):
+def test_killed_with_the_weights_written(published, tmp_path, caplog):
     out = tmp_path / "out"
     command = [sys.executable, "-c", _KILLED, str(published), str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
-    assert (tmp_path / "out.unfinished" / "params").is_dir()
+    (left,) = tmp_path.iterdir()
+    assert re.fullmatch(r"out\.[0-9a-f]{8}\.unfinished", left.name)
+    assert (left / "params").is_dir()
     with pytest.raises(FileNotFoundError, match="is not a model directory"):
-        read_model_directory(tmp_path / "out.unfinished")
+        read_model_directory(left)
     import_folder(published, out)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    # It may be of a run that still goes on: it is named, not removed.
+    assert {path.name for path in tmp_path.iterdir()} == {"out", left.name}
+    assert f"{left} is of a run that was killed" in caplog.text
     kernel = read_model_directory(out).params["lm_head"]["kernel"]
     np.testing.assert_array_equal(kernel, read(published)["lm_head.weight"].T)
 
 
-def test_layers_are_numbers():
-    names = ["layers.10.a", "layers.2.b", "layers.2.a", "norm", "embed"]
-    ordered = ["embed", "layers.2.a", "layers.2.b", "layers.10.a", "norm"]
-    assert sorted(names, key=convert.natural_key) == ordered
+def test_a_prefix_comes_back(published, tmp_path):
+    source, tensors = tmp_path / "source", read(published)
+    shutil.copytree(published, source)
+    for path in source.glob("model*"):
+        path.unlink()
+    named = {n if n == "lm_head.weight" else f"model.{n}": t for n, t in tensors.items()}
+    safetensors.numpy.save_file(named, source / "model.safetensors")
+    import_folder(source, tmp_path / "ours")
+    convert.export_checkpoint(tmp_path / "ours", tmp_path / "back")
+    back = read(tmp_path / "back")
+    assert back.keys() == named.keys()
+    assert all(back[name].tobytes() == named[name].tobytes() for name in named)
+
+
+def test_what_a_tokenizers_config_leaves_out_is_written(published, tmp_path):
+    """The class that reads it has other defaults than those that we took."""
+    source = tmp_path / "vae"
+    shutil.copytree(published / "vae", source)
+    whole = json.loads((source / "config.json").read_text())
+    short = {name: value for name, value in whole.items() if name != "shift_factor"}
+    (source / "config.json").write_text(json.dumps(short))
+    convert.import_vae(open_vae(source), tmp_path / "ours")
+    convert.export_checkpoint(tmp_path / "ours", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == {
+        **short, "shift_factor": 0.0,
+    }  # fmt: skip

@@ -72,7 +72,9 @@ def test_unknown_name(tmp_path):
     save_file({"norm.weight": make(0, 3)}, tmp_path / "model.safetensors")
     files = open_tensors(tmp_path)
     for call in (files.read, files.where):
-        with pytest.raises(ValueError, match=r"no tensor 'norm.weights' among its 1; near it: \['n"):
+        with pytest.raises(
+            ValueError, match=r"no tensor 'norm.weights' among its 1; near it: \['n"
+        ):
             call("norm.weights")
 
 
