@@ -100,6 +100,8 @@ class RecordedRun:
                 `interop.huggingface`.
         """
         self._directory = directory = pathlib.Path(directory)
+        folder, beside = directory / "model", directory / "vae"
+        values = read_json(folder / "config.json")
         self.golden = _arrays(directory / "golden.npz")
         later = directory / "samplers.npz"
         self.samplers = _arrays(later) if later.is_file() else {}
@@ -107,9 +109,6 @@ class RecordedRun:
         path = directory / "samplers.json"
         self.sampler_meta = _settings(path, _SAMPLER_META) if self.samplers else {}
         _check_arrays(directory / "golden.npz", self.golden, self.meta)
-        folder = directory / "model"
-        beside = directory / "vae"
-        values = read_json(folder / "config.json")
         vae = open_vae(beside if beside.is_dir() else find_vae(folder, values))
         opened = open_model(folder, downsampling=vae.config.downsampling)
         self.config: NextStepConfig = opened.config

@@ -1,3 +1,4 @@
+import json
 import pathlib
 import shutil
 import subprocess
@@ -95,6 +96,16 @@ def test_a_changed_weight_fails(recording, capsys):
     assert (lines[1].split()[0], lines[1].split()[-1]) == ("head_v", "FAIL")
 
 
+def edit(**changes):
+    """Changes the settings of a recording."""
+
+    def spoil(folder):
+        values = json.loads((folder / "meta.json").read_text())
+        (folder / "meta.json").write_text(json.dumps({**values, **changes}))
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -105,7 +116,13 @@ def test_a_changed_weight_fails(recording, capsys):
         (lambda d: (d / "meta.json").write_text("{"), "meta.json is not JSON"),
         (lambda d: (d / "samplers.json").unlink(), "samplers.json is not there"),
         (lambda d: (d / "vae" / "checkpoint.pt").write_bytes(b"PK"), "checkpoint.pt is cut off"),
-        (lambda d: np.savez(d / "golden.npz", vae_in=np.ones(3)), "the recording lacks 'head_x'"),
+        (
+            lambda d: np.savez(d / "golden.npz", vae_in=np.ones(3)),
+            "npz lacks vae_moments, vae_mean",
+        ),
+        (edit(steps=None, cfg="x"), "meta.json: cfg='x' is no number; steps=None is no count"),
+        (edit(sched="cosine"), "meta.json: sched='cosine' is no schedule"),
+        (edit(latent_hw=[2, 4]), "gen_tokens has 16 tokens, latent_hw is 2x4"),
     ],
 )
 def test_what_is_wrong_is_one_line(recording, spoil, message):
