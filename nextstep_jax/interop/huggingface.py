@@ -13,8 +13,8 @@ import functools
 import logging
 import math
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,8 @@ from nextstep_jax.models.config import NextStepConfig, VAEConfig
 from nextstep_jax.models.nextstep import NextStep, gen_position_table, init_params
 from nextstep_jax.models.vae import VAE
 from nextstep_jax.parallel.sharding import tree_shardings
+
+Config = TypeVar("Config")
 
 # The 2D sincos that some files carry, whether or not the model uses it.
 GEN_POS_EMBED = "gen_pos_embed"
@@ -137,17 +139,17 @@ def open_model(
     text = open_tokenizer(directory, tokenizer)
     # What a config states is compared with the tokenizer below.
     states_area = not {"image_area_id", "image_area"}.isdisjoint(values)
-    try:
+
+    def translate(values):
         published = published_config.model_from_published(
             values,
             image_area_id=None if text is None or states_area else text.image_area_id,
             downsampling=downsampling,
             gen_pos_embed_positions=_num_positions(files),
         )
-    except ValueError as error:
-        raise ValueError(f"{directory / 'config.json'}: {error}") from error
-    for note in published.notes:
-        logging.info("%s: %s", directory / "config.json", note)
+        return published, published.notes
+
+    published = translate_config(directory, values, translate)
     config = published.config
     if text is not None:
         text.check(config)
@@ -168,17 +170,28 @@ def open_vae(directory: pathlib.Path) -> VAEFiles:
     """
     directory = pathlib.Path(directory)
     values = read_json(directory / "config.json")
-    try:
-        config, notes = published_vae_config.vae_from_published(values)
-    except ValueError as error:
-        raise ValueError(f"{directory / 'config.json'}: {error}") from error
-    for note in notes:
-        logging.info("%s: %s", directory / "config.json", note)
+    config = translate_config(directory, values, published_vae_config.vae_from_published)
     files = open_tensors(directory)
     diffusers = any(".down_blocks." in name for name in files.infos)
     slots = vae_slots(abstract_vae(config), diffusers=diffusers)
     streaming.check_tensors(files, slots, (), str(directory))
     return VAEFiles(config, files, slots, values)
+
+
+def translate_config(
+    directory: pathlib.Path,
+    values: Mapping[str, Any],
+    translate: Callable[[Mapping[str, Any]], tuple[Config, Iterable[str]]],
+) -> Config:
+    """A translated config.json: its notes are logged, and what is wrong in it names the file."""
+    path = directory / "config.json"
+    try:
+        config, notes = translate(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    for note in notes:
+        logging.info("%s: %s", path, note)
+    return config
 
 
 def find_vae(model: pathlib.Path, values: dict[str, Any]) -> pathlib.Path:

@@ -7,7 +7,6 @@ language model, so that their rows of the embedding and of the LM head are drawn
 
 import dataclasses
 import json
-import logging
 import pathlib
 from typing import Any
 
@@ -88,12 +87,7 @@ def open_language_model(
     """
     directory = pathlib.Path(directory)
     values = read_json(directory / "config.json")
-    try:
-        decoder, notes = published_config.decoder_from_qwen(values)
-    except ValueError as error:
-        raise ValueError(f"{directory / 'config.json'}: {error}") from error
-    for note in notes:
-        logging.info("%s: %s", directory / "config.json", note)
+    decoder = huggingface.translate_config(directory, values, published_config.decoder_from_qwen)
     path = tokenizer or directory / "tokenizer.json"
     try:
         before = path.read_text(encoding="utf-8")
