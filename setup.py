@@ -36,6 +36,7 @@ CORE = [
     "orbax-checkpoint>=0.12.4,<0.13",
     "grain>=0.2.18,<0.3",
     "array_record>=0.8,<0.9",
+    "msgpack>=1.0.8,<2",
     "tokenizers>=0.21,<0.24",
     "safetensors>=0.5,<0.9",
     "ml_collections>=1.1,<2",
@@ -58,6 +59,8 @@ EXTRAS = {
     # Compile for a named TPU topology on a machine without one. jax's own extra is the only
     # thing that knows which libtpu belongs to the installed jaxlib.
     "aot": [f"jax[tpu]{_JAX}"],
+    # Crops of the photographs that scikit-image ships, for configs/tokenizer_tiny.py.
+    "photographs": ["scikit-image>=0.24,<0.27"],
     "curate": ["ray[data]>=2.40,<3"],
     "hub": ["huggingface_hub>=0.30,<3"],
     "quant": ["qwix>=0.1.8,<0.2"],

@@ -23,8 +23,15 @@ def get_config(folder: str = "photos") -> ConfigDict:
                 "num_res_blocks": 2,
                 "num_groups": 32,
             },
-            "tokenizer": defaults(TokenizerConfig, image_size=256, batch_size=32),
-            "source": {"type": "folder", "root": folder},
+            "tokenizer": defaults(
+                TokenizerConfig,
+                image_size=256,
+                batch_size=32,
+                l2_weight=1.0,
+                random_crop=True,
+                random_flip=True,
+            ),
+            "sources": {"folder": {"type": "folder", "root": folder}},
             # The paper fine-tunes Flux's weights at 1e-5; from scratch a higher rate is ours.
             "optimizer": optimizer_defaults(
                 learning_rate=1e-4,

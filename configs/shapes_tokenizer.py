@@ -26,9 +26,13 @@ def get_config(argument: str = "easy") -> ConfigDict:
         {
             "vae": dataclasses.asdict(vae),
             "tokenizer": defaults(
-                TokenizerConfig, image_size=image_size, batch_size=16, num_threads=1
+                TokenizerConfig,
+                image_size=image_size,
+                batch_size=16,
+                l2_weight=1.0,
+                num_threads=1,
             ),
-            "source": {"type": "shapes", "kind": "pair", "level": level},
+            "sources": {"shapes": {"type": "shapes", "kind": "pair", "level": level}},
             "optimizer": optimizer_defaults(
                 learning_rate=3e-3,
                 schedule="cosine",

@@ -24,12 +24,22 @@ from nextstep_jax.interop.model_directory import (
     write_model_directory,
     write_vae_config,
 )
+from nextstep_jax.interop.perceptual_weights import read_lpips
+from nextstep_jax.interop.pretrained import open_image_tokenizer
+from nextstep_jax.models.config import VAEConfig
 from nextstep_jax.models.nextstep import NextStep
+from nextstep_jax.models.perceptual import Lpips
 from nextstep_jax.models.vae import VAE
 from nextstep_jax.sampling.pipeline import NextStepPipeline
 from nextstep_jax.sampling.presets import preset_from_settings
 from nextstep_jax.training import experiment, loop
-from nextstep_jax.training.tokenizer import first_image
+from nextstep_jax.training.tokenizer import PerceptualNetwork, TokenizerConfig, first_image
+
+# Fields of a VAEConfig that decide its parameters.
+ARCHITECTURE = (
+    *("in_channels", "channels", "channel_multipliers", "num_res_blocks", "latent_channels"),
+    *("num_groups", "norm_eps"),
+)
 
 _NUM_RECONSTRUCTIONS = 16
 _NUM_CAPTIONS = 8
@@ -48,11 +58,49 @@ def use_compilation_cache(directory: pathlib.Path) -> None:
 def train_tokenizer(config: Any, workdir: pathlib.Path) -> None:
     """Trains the image tokenizer of a config, or continues it."""
     config = experiment.plain(config)
-    task, loop_config = experiment.build_tokenizer_task(config)
+    network = _perceptual_network(config["tokenizer"])
+    task, loop_config = experiment.build_tokenizer_task(config, network)
+    start = None
+    if config.get("init_from"):
+        start = start_of_vae(pathlib.Path(config["init_from"]), task.vae.config)
     pixels = _held_out_pixels(config, task.train.image_size)
     hooks = _on_one_process([ReconstructionHook(workdir, task.vae, pixels)])
     write = functools.partial(write_vae_config, workdir, task.vae.config)
-    loop.run(task, loop_config, workdir, hooks, write)
+    loop.run(task, loop_config, workdir, hooks, write, start)
+
+
+def start_of_vae(directory: pathlib.Path, config: VAEConfig) -> Callable[[Any], Any]:
+    """Reads the parameters that a tokenizer's training starts from, when called.
+
+    Args:
+        directory: See `interop.pretrained.open_image_tokenizer`.
+        config: Of the tokenizer to be trained. What decides the shapes of parameters must agree;
+            normalisation, scale and shift may differ, as NextStep's differ from Flux's.
+
+    Raises:
+        ValueError: The architectures differ; lists the fields.
+        FileNotFoundError: There is no tokenizer.
+    """
+    found, load = open_image_tokenizer(directory)
+    differing = [
+        f"{name}={getattr(config, name)!r}, there {getattr(found, name)!r}"
+        for name in ARCHITECTURE
+        if getattr(config, name) != getattr(found, name)
+    ]
+    if differing:
+        raise ValueError(f"config.vae does not fit init_from={directory}: {'; '.join(differing)}")
+    return lambda _: load()
+
+
+def _perceptual_network(values: Mapping[str, Any]) -> PerceptualNetwork | None:
+    """The network of the perceptual term, read from the user's files, or None without one."""
+    train = experiment.build(TokenizerConfig, values, "tokenizer")
+    if not train.needs_network:
+        return None
+    linear = pathlib.Path(train.perceptual_linear) if train.perceptual_linear else None
+    backbone = pathlib.Path(train.perceptual_backbone)
+    params = read_lpips(train.perceptual, backbone, linear)
+    return PerceptualNetwork(Lpips(train.perceptual), params)
 
 
 def train_model(config: Any, workdir: pathlib.Path, tokenizer_dir: pathlib.Path) -> None:
@@ -143,10 +191,8 @@ def _captions(sources: Mapping[str, tuple[DocumentSource, float]]) -> list[str]:
 
 
 def _held_out_pixels(config: Any, image_size: int) -> np.ndarray:
-    """Images that the run does not train on, where the source has a held-out split."""
-    values = dict(config["source"])
-    if values["type"] == "shapes":
-        values["split"] = "heldout"
-    source = experiment.build_source(values, image_size)
-    indices = (i % len(source) for i in range(_NUM_RECONSTRUCTIONS))
-    return np.stack([first_image(source[i], image_size) for i in indices])
+    """Images that the run does not train on, of every source that has a held-out split."""
+    sources = experiment.build_sources(config, image_size, held_out=True)
+    each = -(-_NUM_RECONSTRUCTIONS // len(sources))
+    documents = (source[i % len(source)] for source, _ in sources.values() for i in range(each))
+    return np.stack([first_image(document, image_size) for document in documents])

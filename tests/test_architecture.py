@@ -59,6 +59,7 @@ _REQUIREMENT_NAMES = {
     "absl": "absl-py",
     "jaxlib": "jax",
     "orbax": "orbax-checkpoint",
+    "skimage": "scikit-image",
 }
 
 

@@ -92,6 +92,27 @@ def resize_cover(
     return np.asarray(resized)
 
 
+def random_crop(
+    pixels: UInt8[np.ndarray, "source_height source_width 3"],
+    side: int,
+    rng: np.random.Generator,
+    smallest: float = 1.0,
+) -> UInt8[np.ndarray, "{side} {side} 3"]:
+    """A square cut out at a random place and scaled to (side, side) by Lanczos.
+
+    Args:
+        pixels: The image.
+        side: Of the result, in pixels.
+        rng: Draws size and place.
+        smallest: Side of the smallest square over the largest that fits; sizes are uniform between
+            the two.
+    """
+    height, width = pixels.shape[:2]
+    box_side = max(1, round(min(height, width) * rng.uniform(smallest, 1.0)))
+    top, left = rng.integers(height - box_side + 1), rng.integers(width - box_side + 1)
+    return resize_cover(pixels[top : top + box_side, left : left + box_side], side, side)
+
+
 def pixels_of(image: schema.Image) -> Pixels:
     """The pixels of a document's image, decoded if need be.
 

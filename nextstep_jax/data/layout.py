@@ -27,6 +27,7 @@ import functools
 from collections.abc import Sequence as ListLike
 
 import numpy as np
+from jaxtyping import Shaped
 
 from nextstep_jax.data import buckets, images
 from nextstep_jax.data.schema import Document, Image, Part, Sequence, Text
@@ -103,7 +104,7 @@ def lay_out(
             if isinstance(part, Text):
                 blocks.append(_text_block(part, tokenizer))
             else:
-                array, grid = _fit_image(part, config)
+                array, grid = fit_image(part, config)
                 arrays.append(array)
                 grids.append(grid)
                 blocks.append(_image_block(grid, part.loss, tokenizer))
@@ -211,8 +212,19 @@ def prompt_prefix(
     return [*ids, *area_ids(grid, tokenizer), tokenizer.boi_id]
 
 
-def _fit_image(image: Image, config: LayoutConfig) -> tuple[np.ndarray, buckets.Grid]:
-    """The array of an image as the sequence holds it, and its grid."""
+def fit_image(image: Image, config: LayoutConfig) -> tuple[Shaped[np.ndarray, "..."], buckets.Grid]:
+    """The array of an image as the sequence holds it, and its grid.
+
+    Args:
+        image: In any of its forms.
+        config: Says which buckets there are.
+
+    Returns:
+        uint8 (height, width, 3), decoded and fitted to its bucket; or the latents as they are.
+
+    Raises:
+        ValueError: If the image cannot be decoded, or its latents do not fill its grid.
+    """
     if image.latents is not None:
         rows, columns = image.grid
         if image.latents.ndim != 2 or len(image.latents) != rows * columns:

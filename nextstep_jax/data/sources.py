@@ -5,6 +5,7 @@ repetition and mixing are the pipeline's business (`data/pipeline.py`). A list o
 source, and so is the built-in world (`data/shapes.py`).
 """
 
+import hashlib
 import os
 import pathlib
 from typing import Protocol, runtime_checkable
@@ -45,8 +46,9 @@ class ImageFolderSource:
         root: str | os.PathLike[str],
         image_size: int | tuple[int, int] | None = None,
         name: str = "folder",
+        captions: bool = True,
     ):
-        """Lists the folder and checks that every image has a caption.
+        """Lists the folder and checks that every image has a caption, unless none are asked for.
 
         Args:
             root: The folder.
@@ -54,6 +56,8 @@ class ImageFolderSource:
                 a covering resize and a centre crop. None leaves that to the layout, which knows
                 the aspect buckets.
             name: The `source` of the documents.
+            captions: False leaves text files alone: documents are images without words, as
+                training or judging an image tokenizer needs.
 
         Raises:
             ValueError: If there is no such folder, no image in it, an image without a caption, a
@@ -71,12 +75,16 @@ class ImageFolderSource:
         if not self._paths:
             suffixes = ", ".join(IMAGE_SUFFIXES)
             raise ValueError(f"image folder {self._root} holds no image ({suffixes})")
+        self._captions = self._find_captions(files) if captions else None
+
+    def _find_captions(self, files: list[pathlib.Path]) -> list[str]:
+        """The caption of every image."""
         # Sorted, so that of cat.TXT and cat.txt the second counts.
         texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
         missing = [path for path in self._paths if path.with_suffix("") not in texts]
         self._refuse(missing, "no caption (a .txt file of the same name) beside", "images")
         caption_paths = [texts[path.with_suffix("")] for path in self._paths]
-        self._captions = self._read_captions(caption_paths)
+        return self._read_captions(caption_paths)
 
     def _is_shown(self, path: pathlib.Path) -> bool:
         """Whether it is a file, and neither it nor a folder on the way to it is hidden."""
@@ -108,12 +116,26 @@ class ImageFolderSource:
             f"{len(paths)} of {len(self._paths)} {things}: {listed}{more}"
         )
 
+    @property
+    def fingerprint(self) -> str:
+        """Tells another folder, or a changed one, without reading the images.
+
+        Relative paths, sizes of the files and captions count, neither the folder's own place nor
+        times of change.
+        """
+        digest = hashlib.blake2b(digest_size=8)
+        for i, path in enumerate(self._paths):
+            caption = "" if self._captions is None else self._captions[i]
+            entry = (path.relative_to(self._root).as_posix(), path.stat().st_size, caption)
+            digest.update(repr(entry).encode())
+        return f"{self._name} {self._size} {digest.hexdigest()}"
+
     def __len__(self) -> int:
         """The number of images."""
         return len(self._paths)
 
     def __getitem__(self, index: int) -> Document:
-        """The pair of an image and its caption.
+        """The pair of an image and its caption, or the image alone.
 
         Raises:
             ValueError: If `image_size` is set and the image cannot be decoded; names the file.
@@ -126,8 +148,9 @@ class ImageFolderSource:
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
             image = Image(pixels=pixels)
+        text = () if self._captions is None else (Text(self._captions[index]),)
         return Document(
-            parts=(Text(self._captions[index]), image),
+            parts=(*text, image),
             id=path.relative_to(self._root).as_posix(),
             source=self._name,
             kind="pair",

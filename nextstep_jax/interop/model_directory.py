@@ -43,7 +43,7 @@ from nextstep_jax.training.checkpoint import (
 MODEL_JSON = "model.json"
 _TOKENIZER = "tokenizer.json"
 _FORMAT = 1
-_VAE_JSON = "vae.json"
+VAE_JSON = "vae.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +220,7 @@ def _parse(path: pathlib.Path, key: str, make: Callable[[Any], Any], values: dic
 def write_vae_config(directory: pathlib.Path, config: VAEConfig) -> None:
     """Marks the workdir of a tokenizer's training with what is trained there."""
     pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
-    path = pathlib.Path(directory) / _VAE_JSON
+    path = pathlib.Path(directory) / VAE_JSON
     path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
@@ -228,6 +228,23 @@ def write_vae_directory(directory: pathlib.Path, config: VAEConfig, params: Any)
     """Writes an image tokenizer alone; its configuration comes last and marks a whole folder."""
     save_tree(pathlib.Path(directory) / "vae", params)
     write_vae_config(directory, config)
+
+
+def read_vae_config(directory: pathlib.Path) -> VAEConfig:
+    """Configuration of the image tokenizer in a folder that `read_vae` reads.
+
+    Raises:
+        FileNotFoundError: The directory holds none.
+        ValueError: Its JSON does not hold what it should.
+    """
+    directory = pathlib.Path(directory)
+    if (directory / MODEL_JSON).is_file():
+        path = directory / MODEL_JSON
+        return _parse(path, "vae", vae_from_dict, read_json(path))
+    path = directory / VAE_JSON
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} holds no image tokenizer: no {VAE_JSON}")
+    return _parse(path, "vae", vae_from_dict, {"vae": read_json(path)})
 
 
 def read_vae(directory: pathlib.Path) -> tuple[VAEConfig, Any]:
@@ -242,14 +259,7 @@ def read_vae(directory: pathlib.Path) -> tuple[VAEConfig, Any]:
         ValueError: Its JSON does not hold what it should.
     """
     directory = pathlib.Path(directory)
-    if (directory / MODEL_JSON).is_file():
-        path = directory / MODEL_JSON
-        config = _parse(path, "vae", vae_from_dict, read_json(path))
-        return config, load_tree(directory / "vae")
-    if not (directory / _VAE_JSON).is_file():
-        raise FileNotFoundError(f"{directory} holds no image tokenizer: no {_VAE_JSON}")
-    path = directory / _VAE_JSON
-    config = _parse(path, "vae", vae_from_dict, {"vae": read_json(path)})
+    config = read_vae_config(directory)
     if (directory / "vae").is_dir():
         return config, load_tree(directory / "vae")
     return config, load_params(directory / "checkpoints")[0]

@@ -1,6 +1,8 @@
-"""A model from a folder in whichever form: a model directory, or published files as they are."""
+"""What a folder holds in whichever form: ours, or published files as they are."""
 
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -9,10 +11,14 @@ from nextstep_jax.interop import huggingface, streaming
 from nextstep_jax.interop.convert import default_sampling
 from nextstep_jax.interop.model_directory import (
     MODEL_JSON,
+    VAE_JSON,
     ModelDirectory,
     read_json,
     read_model_directory,
+    read_vae,
+    read_vae_config,
 )
+from nextstep_jax.models.config import VAEConfig
 
 
 def read_pretrained(
@@ -57,3 +63,24 @@ def read_pretrained(
         sampling=default_sampling(model),
         step=None,
     )
+
+
+def open_image_tokenizer(directory: pathlib.Path) -> tuple[VAEConfig, Callable[[], Any]]:
+    """An image tokenizer from its workdir, from a model directory, or as it was published.
+
+    Published are NextStep's own under the original names, and Flux's under those or diffusers'.
+
+    Returns:
+        The configuration, and a function that reads the parameters.
+
+    Raises:
+        FileNotFoundError: The folder holds none.
+        ValueError: Its files do not hold what they should.
+    """
+    directory = pathlib.Path(directory)
+    # Training writes a config.json too.
+    ours = any((directory / name).is_file() for name in (MODEL_JSON, VAE_JSON))
+    if ours or not (directory / "config.json").is_file():
+        return read_vae_config(directory), lambda: read_vae(directory)[1]
+    files = huggingface.open_vae(directory)
+    return files.config, files.load

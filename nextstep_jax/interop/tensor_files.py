@@ -1,7 +1,7 @@
 """Tensors of published checkpoints on disk, opened lazily and read one at a time.
 
 NextStep-1 (arXiv 2508.10711) is published as safetensors, in one file or in shards with an index,
-and its image tokenizer as a torch zip checkpoint. `open_tensors` finds and checks what is there;
+and its image tokenizer as a torch checkpoint. `open_tensors` finds and checks what is there;
 names, shapes and dtypes are known without reading a value, so a caller can refuse a wrong
 checkpoint before any of its gigabytes move.
 
@@ -23,6 +23,7 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
 from nextstep_jax.interop.tensors import TensorFiles, TensorInfo, unknown_tensor
+from nextstep_jax.interop.torch_legacy import TorchLegacy, is_legacy
 from nextstep_jax.interop.torch_pickle import TorchPickle
 
 SAFETENSORS_DTYPES: Mapping[str, np.dtype] = {
@@ -96,8 +97,9 @@ def open_tensors(path: pathlib.Path) -> TensorFiles:
     """Opens the tensors of a checkpoint, having checked everything but the values.
 
     Args:
-        path: A `.safetensors` file, an index of shards (`.safetensors.index.json`), a torch zip
-            checkpoint (`.pt`, `.pth`, `.bin`), or a folder that holds one under a published name.
+        path: A `.safetensors` file, an index of shards (`.safetensors.index.json`), a torch
+            checkpoint of any version (`.pt`, `.pth`, `.bin`), or a folder that holds one under a
+            published name.
 
     Raises:
         FileNotFoundError: There is no such file, or the folder holds none of the known names.
@@ -118,7 +120,7 @@ def open_tensors(path: pathlib.Path) -> TensorFiles:
         return SafetensorsFiles(path, {path: _infos_of(path)})
     if path.suffix in _TORCH_SUFFIXES:
         _refuse_pointer(path)
-        return TorchPickle(path)
+        return TorchLegacy(path) if is_legacy(path) else TorchPickle(path)
     accepted = (".safetensors", INDEX_SUFFIX, *_TORCH_SUFFIXES)
     raise ValueError(f"{path} is no checkpoint: expected a name that ends in {list(accepted)}")
 

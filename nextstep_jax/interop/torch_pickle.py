@@ -22,7 +22,12 @@ from jaxtyping import Shaped, UInt8
 from nextstep_jax.interop.pickle_machine import LazyTensor, PickleMachine, RefusedError, kind_of
 from nextstep_jax.interop.tensors import TensorInfo, unknown_tensor
 
-_MAX_PICKLE = 64 * 2**20
+MAX_PICKLE = 64 * 2**20
+"""Bytes of pickles that are read; a state dict has some hundred a tensor."""
+
+LEGACY_START = re.compile(rb"\x80[\x00-\x05]")
+"""How the files of torch before 1.6 begin, being bare pickles: with their protocol."""
+
 _ZIP_START = b"PK\3\4"
 _ENCRYPTED = 1  # A bit in the flags of a zip entry.
 # Bytes read at once: what reading needs on top of the tensor itself.
@@ -54,7 +59,7 @@ class TorchPickle:
         with self._open() as archive:
             self._folder = _folder(archive)
             self._swap = _byte_order(archive, self._folder) != sys.byteorder
-            self._tensors = _state_dict(_unpickle(archive, f"{self._folder}/data.pkl"))
+            self._tensors = tensors_of(_unpickle(archive, f"{self._folder}/data.pkl"))
             faults = []
             for name, tensor in self._tensors.items():
                 try:
@@ -72,25 +77,12 @@ class TorchPickle:
         """The tensor as a fresh C-contiguous array; see `TensorFiles`."""
         self.where(name)
         tensor = self._tensors[name]
-        dtype = tensor.storage.dtype
         with self._open() as archive:
             # Again: the file may have changed since it was opened.
             entry = _check_place(archive, self._folder, tensor)
             if 0 in tensor.shape:
-                return np.empty(tensor.shape, dtype)
-            values = _read_bytes(archive, entry)
-            if self._swap:
-                values.view(f"u{dtype.itemsize}").byteswap(inplace=True)
-            view = np.ndarray(
-                tensor.shape,
-                dtype,
-                buffer=values,
-                offset=tensor.offset * dtype.itemsize,
-                strides=tuple(stride * dtype.itemsize for stride in tensor.strides),
-            )
-            # A copy would double the memory; a part must not keep its whole storage alive.
-            whole = view.flags.c_contiguous and view.nbytes == values.nbytes
-            return view if whole else view.copy(order="C")
+                return np.empty(tensor.shape, tensor.storage.dtype)
+            return tensor_in(_read_bytes(archive, entry), tensor, swap=self._swap)
 
     def where(self, name: str) -> pathlib.Path:
         """The file that holds the tensor: there is only one."""
@@ -103,11 +95,10 @@ class TorchPickle:
         """The archive; whatever a damaged one can raise is a ValueError that names the file."""
         with self._path.open("rb") as file:
             start = file.read(4)
-            # A pickle begins with its protocol; before 1.6 torch wrote bare pickles.
-            if re.match(rb"\x80[\x00-\x05]", start):
+            if LEGACY_START.match(start):
                 raise ValueError(
-                    f"{self._path} is a torch checkpoint of the kind before 1.6, which is not "
-                    "read: load it with torch >= 1.6 and save it again"
+                    f"{self._path} is a torch checkpoint of the kind before 1.6, which "
+                    "`open_tensors` reads"
                 )
             try:
                 # Python reads zip files with anything in front; torch does not.
@@ -152,8 +143,8 @@ def _byte_order(archive: zipfile.ZipFile, folder: str) -> str:
 def _unpickle(archive: zipfile.ZipFile, entry: str) -> Any:
     """What the pickle of an archive describes, with its tensors not yet read."""
     info = _stored(archive, entry)
-    if info.file_size > _MAX_PICKLE:
-        raise RefusedError(f"{entry} has {info.file_size} bytes, more than {_MAX_PICKLE}")
+    if info.file_size > MAX_PICKLE:
+        raise RefusedError(f"{entry} has {info.file_size} bytes, more than {MAX_PICKLE}")
     data = _read_bytes(archive, info).tobytes()
     try:
         return PickleMachine().run(data)
@@ -163,8 +154,12 @@ def _unpickle(archive: zipfile.ZipFile, entry: str) -> Any:
         raise RefusedError(f"{entry} is cut off or damaged ({kind_of(error)}: {error})") from error
 
 
-def _state_dict(top: Any) -> dict[str, LazyTensor]:
-    """The tensors by name, out of what the pickle describes."""
+def tensors_of(top: Any) -> dict[str, LazyTensor]:
+    """The tensors by name, out of what the pickle of a state dict describes.
+
+    Raises:
+        RefusedError: It describes something else.
+    """
     where = "the top level"
     if isinstance(top, dict) and not any(isinstance(v, LazyTensor) for v in top.values()):
         key = next((key for key in _WRAPPERS if isinstance(top.get(key), dict)), None)
@@ -193,6 +188,48 @@ def _tensors_among(values: dict[str, Any], where: str) -> dict[str, LazyTensor]:
     return {name: value for name, value in values.items() if type(value) is LazyTensor}
 
 
+def tensor_in(
+    values: UInt8[np.ndarray, " bytes"], tensor: LazyTensor, *, swap: bool
+) -> Shaped[np.ndarray, "..."]:
+    """A tensor out of the bytes of its storage, which are then its own.
+
+    Args:
+        values: The bytes of a storage that `check_extent` has let pass.
+        tensor: How it lies there.
+        swap: Whether the bytes are of the other byte order than this machine's.
+    """
+    dtype = tensor.storage.dtype
+    if swap:
+        values.view(f"u{dtype.itemsize}").byteswap(inplace=True)
+    view = np.ndarray(
+        tensor.shape,
+        dtype,
+        buffer=values,
+        offset=tensor.offset * dtype.itemsize,
+        strides=tuple(stride * dtype.itemsize for stride in tensor.strides),
+    )
+    # A copy would double the memory; a part must not keep its whole storage alive.
+    whole = view.flags.c_contiguous and view.nbytes == values.nbytes
+    return view if whole else view.copy(order="C")
+
+
+def check_extent(tensor: LazyTensor) -> None:
+    """Refuses a tensor that reaches out of its storage.
+
+    Raises:
+        RefusedError: It does, or its shape is beyond what an array can have.
+    """
+    end = tensor.offset
+    if 0 not in tensor.shape:
+        end += 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
+    num_elements = tensor.storage.num_elements
+    if end > num_elements:
+        raise RefusedError(f"it reaches to element {end} of a storage of {num_elements}")
+    # A stride of 0 repeats elements, so the storage does not bound the shape.
+    if math.prod(n for n in tensor.shape if n) * tensor.storage.dtype.itemsize >= 2**63:
+        raise RefusedError(f"its shape {tensor.shape} is too large")
+
+
 def _check_place(archive: zipfile.ZipFile, folder: str, tensor: LazyTensor) -> zipfile.ZipInfo:
     """The entry of a tensor's storage; refuses one that does not hold all of the tensor."""
     storage = tensor.storage
@@ -203,14 +240,7 @@ def _check_place(archive: zipfile.ZipFile, folder: str, tensor: LazyTensor) -> z
             f"{info.filename} has {info.file_size} bytes, but its storage should have "
             f"{storage.num_elements} elements of {itemsize}"
         )
-    end = tensor.offset
-    if 0 not in tensor.shape:
-        end += 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
-    if end > storage.num_elements:
-        raise RefusedError(f"it reaches to element {end} of a storage of {storage.num_elements}")
-    # A stride of 0 repeats elements, so the storage does not bound the shape.
-    if math.prod(n for n in tensor.shape if n) * itemsize >= 2**63:
-        raise RefusedError(f"its shape {tensor.shape} is too large")
+    check_extent(tensor)
     return info
 
 

@@ -83,6 +83,9 @@ class FlowHeadConfig:
     draws_per_token: int = 4
 
 
+LATENT_NORMS = ("token", "channel")
+
+
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
     """The image autoencoder, Flux shape.
@@ -101,6 +104,9 @@ class VAEConfig:
         norm_patch_size: The latent is normalised, without gain or bias, over the values of each
             patch of this side: 2 is the published token norm, 1 normalises the channels of each
             latent pixel, None leaves the latent alone.
+        norm_over: What one mean and one variance are taken over: "token", the values of a patch
+            (what was released), or "channel", each channel over all pixels of the image (a
+            wording of the paper; for comparison).
         latent_norm_eps: Epsilon of that normalisation.
     """
 
@@ -115,10 +121,15 @@ class VAEConfig:
     shift_factor: float = 0.0
     deterministic: bool = True
     norm_patch_size: int | None = 2
+    norm_over: str = "token"
     latent_norm_eps: float = 1e-6
 
     def __post_init__(self):
-        """Checks the groups."""
+        """Checks the groups and the norm."""
+        _require(
+            self.norm_over in LATENT_NORMS,
+            f"norm_over={self.norm_over!r} is unknown; choose from {list(LATENT_NORMS)}",
+        )
         _require(
             self.channels % self.num_groups == 0,
             f"channels={self.channels} must be a multiple of num_groups={self.num_groups}",

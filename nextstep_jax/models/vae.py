@@ -1,17 +1,15 @@
-"""The image autoencoder, and the way from images to tokens and back.
+"""The image autoencoder.
 
 NextStep-1 (arXiv 2508.10711), section on the image tokenizer: a Flux-shaped VAE with 8-fold
-downsampling and 16 channels, whose latent is normalised without gain or bias over the values of
-each 2x2 patch and folded into tokens of width 64. The mathematics are free functions; the modules
-declare parameters under the published tensor names, with underscores for the dots between a level
-and its blocks (`encoder.down.0.block.1.norm1` is `encoder/down_0_block_1/norm1`).
+downsampling and 16 channels, whose latent is normalised and folded into tokens (`latents.py`). The
+mathematics are free functions; the modules declare parameters under the published tensor names,
+with underscores for the dots between a level and its blocks (`encoder.down.0.block.1.norm1` is
+`encoder/down_0_block_1/norm1`).
 
 Words for axes: images are (batch, height, width, channels) in [-1, 1]; latents are (batch, rows,
 columns, latent); tokens are (batch, tokens, token) with token = (c, p, q), where p and q are the
 row and the column inside a patch.
 """
-
-import math
 
 import flax.linen as nn
 import jax
@@ -21,90 +19,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from nextstep_jax.models.config import VAEConfig
-
-# Range of the log-variance that a sample is drawn with, as in the original LDM.
-LOG_VARIANCE_RANGE = (-30.0, 20.0)
+from nextstep_jax.models.latents import depth_to_space, latents_of, space_to_depth
 
 # Uniform in +-1/sqrt(fan_in), the default of the framework that the original is written in. The
 # paper trains from Flux's weights, so that no initialiser is published; zero biases are ours.
 _kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-# Tokens and latents.
-
-
-def space_to_depth(
-    latents: Float[Array, "... height width channels"], patch_size: int
-) -> Float[Array, "... tokens token"]:
-    """Folds patches into tokens: row-major tokens, (c, p, q) inside a token.
-
-    Raises:
-        ValueError: A side is not a multiple of `patch_size`.
-    """
-    *batch, height, width, channels = latents.shape
-    if height % patch_size or width % patch_size:
-        raise ValueError(
-            f"latents of {height}x{width} do not divide into patches of patch_size={patch_size}"
-        )
-    rows, columns = height // patch_size, width // patch_size
-    patches = latents.reshape(math.prod(batch), rows, patch_size, columns, patch_size, channels)
-    patches = patches.transpose(0, 1, 3, 5, 2, 4)  # batch, row, column, c, p, q
-    return patches.reshape(*batch, rows * columns, channels * patch_size**2)
-
-
-def depth_to_space(
-    tokens: Float[Array, "... tokens token"],
-    grid: tuple[int, int],
-    patch_size: int,
-    channels: int,
-) -> Float[Array, "... height width {channels}"]:
-    """The inverse of `space_to_depth`; `grid` is (rows, columns) of tokens.
-
-    Raises:
-        ValueError: The tokens are not rows * columns many, or not channels * patch_size^2 wide.
-    """
-    rows, columns = grid
-    *batch, num_tokens, token_dim = tokens.shape
-    if num_tokens != rows * columns:
-        raise ValueError(f"{num_tokens} tokens do not fill grid={rows}x{columns}")
-    if token_dim != channels * patch_size**2:
-        raise ValueError(
-            f"tokens of width {token_dim} are not channels={channels} x patch_size={patch_size}^2"
-        )
-    patches = tokens.reshape(math.prod(batch), rows, columns, channels, patch_size, patch_size)
-    patches = patches.transpose(0, 1, 4, 2, 5, 3)  # batch, row, p, column, q, c
-    return patches.reshape(*batch, rows * patch_size, columns * patch_size, channels)
-
-
-def normalize_tokens(tokens: Float[Array, "... token"], eps: float) -> Float[Array, "... token"]:
-    """LayerNorm over the last axis without gain or bias, in float32 inside.
-
-    The same formula serves as the optional norm of sampled tokens.
-    """
-    centered = tokens.astype(jnp.float32)
-    centered -= jnp.mean(centered, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
-    return (centered / jnp.sqrt(variance + eps)).astype(tokens.dtype)
-
-
-def normalize_latents(
-    latents: Float[Array, "... height width channels"], patch_size: int, eps: float
-) -> Float[Array, "... height width channels"]:
-    """`normalize_tokens` over the channels * patch_size^2 values of every patch."""
-    height, width, channels = latents.shape[-3:]
-    tokens = normalize_tokens(space_to_depth(latents, patch_size), eps)
-    grid = (height // patch_size, width // patch_size)
-    return depth_to_space(tokens, grid, patch_size, channels)
-
-
-def sample_posterior(
-    mean: Float[Array, "*shape"],
-    log_variance: Float[Array, "*shape"],
-    noise: Float[Array, "*shape"],
-) -> Float[Array, "*shape"]:
-    """A sample of the encoder's Gaussian, given standard normal noise."""
-    log_variance = jnp.clip(log_variance, *LOG_VARIANCE_RANGE)
-    return mean + jnp.exp(0.5 * log_variance) * noise
+# Pixels.
 
 
 def to_uint8(
@@ -312,10 +234,12 @@ class Encoder(nn.Module):
     Attributes:
         config: The autoencoder's configuration.
         dtype: Type of the computation; parameters are float32.
+        remat: The backward pass computes each residual block again instead of keeping it.
     """
 
     config: VAEConfig
     dtype: DTypeLike = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -324,11 +248,12 @@ class Encoder(nn.Module):
         """Returns [mean, log-variance] along the last axis."""
         config, dtype = self.config, self.dtype
         widths = [config.channels * m for m in config.channel_multipliers]
+        block_cls = nn.remat(ResidualBlock) if self.remat else ResidualBlock
         features = _conv(config.channels, 3, dtype, "conv_in")(images)
         for level, width in enumerate(widths):
             for block in range(config.num_res_blocks):
                 name = f"down_{level}_block_{block}"
-                features = ResidualBlock(config, width, dtype, name=name)(features)
+                features = block_cls(config, width, dtype, name=name)(features)
             if level < len(widths) - 1:
                 features = Downsample(dtype, name=f"down_{level}_downsample")(features)
         features = _middle(config, widths[-1], dtype, features)
@@ -342,10 +267,12 @@ class Decoder(nn.Module):
     Attributes:
         config: The autoencoder's configuration.
         dtype: Type of the computation; parameters are float32.
+        remat: See `Encoder`.
     """
 
     config: VAEConfig
     dtype: DTypeLike = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -354,13 +281,14 @@ class Decoder(nn.Module):
         """Returns images, not clamped."""
         config, dtype = self.config, self.dtype
         widths = [config.channels * m for m in config.channel_multipliers]
+        block_cls = nn.remat(ResidualBlock) if self.remat else ResidualBlock
         features = _conv(widths[-1], 3, dtype, "conv_in")(latents)
         features = _middle(config, widths[-1], dtype, features)
         # Levels are numbered by resolution, level 0 being the images', so that they run backwards.
         for level, width in reversed(list(enumerate(widths))):
             for block in range(config.num_res_blocks + 1):
                 name = f"up_{level}_block_{block}"
-                features = ResidualBlock(config, width, dtype, name=name)(features)
+                features = block_cls(config, width, dtype, name=name)(features)
             if level > 0:
                 features = Upsample(dtype, name=f"up_{level}_upsample")(features)
         features = _silu(GroupNorm(config, name="norm_out")(features))
@@ -375,15 +303,17 @@ class VAE(nn.Module):
     Attributes:
         config: The configuration.
         dtype: Type of the computation; parameters are float32.
+        remat: See `Encoder`.
     """
 
     config: VAEConfig
     dtype: DTypeLike = jnp.float32
+    remat: bool = False
 
     def setup(self):
         """Declares both halves."""
-        self.encoder = Encoder(self.config, self.dtype)
-        self.decoder = Decoder(self.config, self.dtype)
+        self.encoder = Encoder(self.config, self.dtype, self.remat)
+        self.decoder = Decoder(self.config, self.dtype, self.remat)
 
     def __call__(
         self, images: Float[Array, "batch height width channels"]
@@ -415,14 +345,7 @@ class VAE(nn.Module):
             noise: Standard normal. With it the latents are a sample, unless the configuration is
                 deterministic; without it they are the mean.
         """
-        config = self.config
-        mean, log_variance = jnp.split(self.encode_moments(images), 2, axis=-1)
-        if config.norm_patch_size is not None:
-            # The mean alone: the log-variance keeps the scale that the encoder gave it.
-            mean = normalize_latents(mean, config.norm_patch_size, config.latent_norm_eps)
-        if noise is None or config.deterministic:
-            return mean
-        return sample_posterior(mean, log_variance, noise)
+        return latents_of(self.config, self.encode_moments(images), noise)
 
     def decode(
         self, latents: Float[Array, "batch rows columns latent"]

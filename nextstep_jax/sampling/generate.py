@@ -26,8 +26,8 @@ from jaxtyping import Array, Float, Int, Key
 from nextstep_jax.flow.guidance import check_schedule, guidance_scale_at, guide
 from nextstep_jax.flow.solvers import NOISE_LEVEL, get_solver
 from nextstep_jax.models.attention import KVCache
+from nextstep_jax.models.latents import normalize_tokens
 from nextstep_jax.models.nextstep import NextStep, gen_position_table
-from nextstep_jax.models.vae import normalize_tokens
 
 _TOKEN_NORM_EPS = 1e-6
 

@@ -5,14 +5,18 @@ the dataclasses that own the defaults, so that a key which no dataclass has is a
 """
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from nextstep_jax.data.pipeline import DataConfig
+from nextstep_jax.data.buckets import grid_of
+from nextstep_jax.data.photographs import PhotographSource
+from nextstep_jax.data.pipeline import DataConfig, stage_configs
+from nextstep_jax.data.records import RecordSource, check_records
 from nextstep_jax.data.shapes import ShapesSource
 from nextstep_jax.data.sources import DocumentSource, ImageFolderSource
 from nextstep_jax.data.text_tokenizer import TextTokenizer, train_bpe
@@ -25,10 +29,11 @@ from nextstep_jax.models.config import (
 )
 from nextstep_jax.models.nextstep import NextStep
 from nextstep_jax.models.vae import VAE
+from nextstep_jax.training.encoding import image_tokenizer_digest
 from nextstep_jax.training.loop import LoopConfig
 from nextstep_jax.training.optimizer import OptimizerConfig
 from nextstep_jax.training.pretrain import LossConfig, NextStepTask
-from nextstep_jax.training.tokenizer import TokenizerConfig, TokenizerTask
+from nextstep_jax.training.tokenizer import PerceptualNetwork, TokenizerConfig, TokenizerTask
 
 # A ConfigDict is read like a mapping but is none.
 Config = Mapping[str, Any] | ConfigDict
@@ -37,6 +42,21 @@ MODEL_SECTIONS = {
     *("image_size", "model", "sources", "data", "loss", "optimizer", "loop"),
     *("sampling", "score", "dtype", "attention", "remat"),
 }
+
+TOKENIZER_SECTIONS = {
+    *("vae", "tokenizer", "sources", "optimizer", "loop"),
+    *("init_from", "dtype", "remat"),
+}
+
+SOURCE_TYPES: dict[str, Callable[..., DocumentSource]] = {
+    "shapes": functools.partial(ShapesSource, kind="pair"),
+    "photographs": PhotographSource,
+    "folder": ImageFolderSource,
+    "images": functools.partial(ImageFolderSource, captions=False, name="images"),
+    "records": RecordSource,
+}
+# Sources that draw images of the run's size, and have a held-out split.
+_DRAWN_SOURCES = ("shapes", "photographs")
 
 # Documents of each source that the text tokenizer of a small model is trained on.
 _NUM_TOKENIZER_DOCUMENTS = 4000
@@ -124,7 +144,11 @@ def build_model_config(values: Config) -> NextStepConfig:
 
 
 def build_source(values: Config, image_size: int) -> DocumentSource:
-    """A source of documents: type "shapes" (the built-in world) or "folder" (captioned images).
+    """A source of documents, by its "type"; the other values are arguments of the source.
+
+    "shapes" is the built-in world, "photographs" are crops of those that scikit-image ships,
+    "folder" holds images and captions, "images" images alone, "records" what
+    `launch/encode_latents.py` wrote.
 
     Raises:
         ValueError: An unknown type, or arguments that the source refuses.
@@ -132,18 +156,57 @@ def build_source(values: Config, image_size: int) -> DocumentSource:
     values = dict(values)
     values.pop("weight", None)
     kind = values.pop("type")
-    if kind == "shapes":
-        return ShapesSource(**{"image_size": image_size, **values})
-    if kind == "folder":
-        return ImageFolderSource(**values)
-    raise ValueError(f"source type {kind!r} is unknown; choose from ['shapes', 'folder']")
+    if kind not in SOURCE_TYPES:
+        raise ValueError(f"source type {kind!r} is unknown; choose from {list(SOURCE_TYPES)}")
+    if kind in _DRAWN_SOURCES:
+        values = {"image_size": image_size, **values}
+    try:
+        return SOURCE_TYPES[kind](**values)
+    except TypeError as error:
+        raise ValueError(f"source of type {kind!r}: {error}") from error
 
 
-def build_sources(config: Config) -> dict[str, tuple[DocumentSource, float]]:
-    """Name -> (source, weight) of `config.sources`."""
-    size = config["image_size"]
+def source_values(text: str) -> dict[str, Any]:
+    """The config of a source named on a command line: its type and, after a colon, what it needs.
+
+    "shapes:LEVEL", "photographs", "folder:PATH", "images:PATH" or "records:PATH".
+    """
+    kind, _, argument = text.partition(":")
+    key = "level" if kind == "shapes" else "root"
+    return {"type": kind, **({key: argument} if argument else {})}
+
+
+def source_from_text(text: str, image_size: int, split: str = "train") -> DocumentSource:
+    """The source of `source_values`.
+
+    Args:
+        text: As there.
+        image_size: Side of the images that "shapes" and "photographs" draw.
+        split: Of these two, "train" or "heldout".
+
+    Raises:
+        ValueError: See `build_source`.
+    """
+    values = source_values(text)
+    if values["type"] in _DRAWN_SOURCES:
+        values["split"] = split
+    return build_source(values, image_size)
+
+
+def build_sources(
+    config: Config, image_size: int | None = None, *, held_out: bool = False
+) -> dict[str, tuple[DocumentSource, float]]:
+    """Name -> (source, weight) of `config.sources`; held out where a source has such a split."""
+    size = config["image_size"] if image_size is None else image_size
+
+    def split_of(values):
+        return {"split": "heldout"} if held_out and values["type"] in _DRAWN_SOURCES else {}
+
     return {
-        name: (build_source(values, size), float(values.get("weight", 1.0)))
+        name: (
+            build_source({**values, **split_of(values)}, size),
+            float(values.get("weight", 1.0)),
+        )
         for name, values in config["sources"].items()
     }
 
@@ -166,13 +229,20 @@ def load_or_train_text_tokenizer(
     return train_bpe([*texts, *sizes], vocab_size)
 
 
-def build_tokenizer_task(config: Config) -> tuple[TokenizerTask, LoopConfig]:
-    """The training of an image tokenizer, from sections vae, tokenizer, source, optimizer, loop."""
-    check_sections(config, {"vae", "tokenizer", "source", "optimizer", "loop", "dtype"})
-    vae = VAE(build(VAEConfig, config["vae"], "vae"), dtype=_dtype(config))
+def build_tokenizer_task(
+    config: Config, network: PerceptualNetwork | None = None
+) -> tuple[TokenizerTask, LoopConfig]:
+    """The training of an image tokenizer, from sections vae, tokenizer, sources, optimizer, loop.
+
+    `network` is the perceptual term where `config.tokenizer.perceptual` names one.
+    """
+    check_sections(config, TOKENIZER_SECTIONS)
+    vae_config = build(VAEConfig, config["vae"], "vae")
+    vae = VAE(vae_config, dtype=_dtype(config), remat=config.get("remat", False))
     train = build(TokenizerConfig, config["tokenizer"], "tokenizer")
-    source = build_source(config["source"], train.image_size)
-    return TokenizerTask(vae, source, train, plain(config)), build_loop(config)
+    sources = build_sources(config, train.image_size)
+    task = TokenizerTask(vae, sources, train, plain(config), network)
+    return task, build_loop(config)
 
 
 def build_nextstep_task(
@@ -192,8 +262,14 @@ def build_nextstep_task(
     data = {"image_bases": (config["image_size"],), **config["data"]}
     data = build(DataConfig, data, "data")
     loss = build(LossConfig, config.get("loss", {}), "loss")
-    args = (build_sources(config), tokenizer, data, loss, plain(config))
-    return NextStepTask(model, vae, vae_params, *args), build_loop(config)
+    loop = build_loop(config)
+    if loop.optimizer.name == "muon":
+        # Its matrices are convolutions: stacked layers and heads would be taken for such.
+        raise ValueError("config.optimizer.name='muon' is for image tokenizers; take 'adamw'")
+    sources = build_sources(config)
+    _check_records(sources, data, model_config, tokenizer, vae.config, vae_params)
+    args = (sources, tokenizer, data, loss, plain(config))
+    return NextStepTask(model, vae, vae_params, *args), loop
 
 
 def plain(config: Any) -> Any:
@@ -210,6 +286,22 @@ def _dtype(config: Config) -> Any:
     if name not in ("float32", "bfloat16"):
         raise ValueError(f"config.dtype={name!r}; choose from ['float32', 'bfloat16']")
     return jnp.dtype(name)
+
+
+def _check_records(sources, data, model_config, tokenizer, vae_config, vae_params) -> None:
+    """Refuses records of another grid, width or image tokenizer than the run's."""
+    layout, _ = stage_configs(data, tokenizer, model_config)
+    grids = [grid_of(*size, model_config.pixels_per_token) for size in layout.image_sizes]
+    for name, (source, _) in sources.items():
+        if isinstance(source, RecordSource):
+            check_records(
+                source,
+                name,
+                latents=data.latents,
+                token_dim=model_config.token_dim,
+                grids=grids,
+                image_tokenizer=image_tokenizer_digest(vae_config, vae_params),
+            )
 
 
 def _check_vae(model: NextStepConfig, vae: VAEConfig) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
@@ -163,6 +164,7 @@ def run(
     workdir: pathlib.Path,
     hooks: Sequence[Hook] = (),
     on_start: Callable[[], None] = lambda: None,
+    initial_params: Callable[[Any], Any] | None = None,
 ) -> TrainState:
     """Trains until `num_steps`, continuing whatever the workdir holds.
 
@@ -176,6 +178,8 @@ def run(
         hooks: Called between steps, after the save that falls on the same step.
         on_start: Called before the first step, once it is clear that the run may go on in this
             workdir: the place to write what describes it.
+        initial_params: Abstract parameters with their shardings -> the parameters to start from,
+            in place of the task's own; not called where the workdir has a checkpoint.
 
     Raises:
         NonFiniteError: Loss, gradient or parameters are NaN or infinite; earlier checkpoints stay
@@ -185,10 +189,11 @@ def run(
     """
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_StopRequest())
-        return _run(task, config, pathlib.Path(workdir), hooks, on_start, stop, stack)
+        args = (hooks, on_start, initial_params, stop, stack)
+        return _run(task, config, pathlib.Path(workdir), *args)
 
 
-def _run(task, config, workdir, hooks, on_start, stop, stack) -> TrainState:
+def _run(task, config, workdir, hooks, on_start, initial_params, stop, stack) -> TrainState:
     """`run`; what has to be closed, in whatever way the run ends, goes on the stack."""
 
     def open_until_end(resource):
@@ -212,6 +217,10 @@ def _run(task, config, workdir, hooks, on_start, stop, stack) -> TrainState:
     else:
         with jax.set_mesh(setup.mesh):
             checkpoint.state = setup.init()
+            if initial_params is not None:
+                checkpoint.state = start_from(
+                    checkpoint.state, initial_params(setup.abstract.params)
+                )
     if jax.process_index() == 0:
         (workdir / "config.json").write_text(json.dumps(run_config, indent=2) + "\n")
         on_start()
@@ -221,6 +230,33 @@ def _run(task, config, workdir, hooks, on_start, stop, stack) -> TrainState:
     writer = open_until_end(MetricsWriter(workdir, start, config.num_steps, task.name))
     _steps(task, config, setup, checkpoint, store, writer, hooks, stop)
     return checkpoint.state
+
+
+def start_from(state: TrainState, params: Any) -> TrainState:
+    """A fresh state around given parameters, laid out as the state's own.
+
+    Raises:
+        ValueError: Other names or shapes than the state's; lists them.
+    """
+
+    def shapes(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
+
+    given, wanted = shapes(params), shapes(state.params)
+    if given != wanted:
+        differing = [
+            f"{name}: {given.get(name)} instead of {wanted.get(name)}"
+            for name in sorted({*given, *wanted})
+            if given.get(name) != wanted.get(name)
+        ]
+        raise ValueError("the parameters to start from do not fit: " + "; ".join(differing))
+    params = jax.tree.map(
+        lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding), params, state.params
+    )
+    # A copy: the step gives both away, and may not give one buffer away twice.
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+    return state.replace(params=params, ema=ema)
 
 
 def _steps(task, config, setup, checkpoint, store, writer, hooks, stop) -> None:

@@ -5,15 +5,21 @@ released trainer clips gradients to norm 1 and decays matrices only.
 """
 
 import dataclasses
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jaxtyping import Array, Int
 
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine")
+# Root mean square of Adam's updates in units of the learning rate, as Moonlight (arXiv 2502.16982)
+# found it.
+_RMS_OF_ADAM = 0.2
 # Leaves that are matrices, by name: stacked biases and gains have two axes as well.
 _DECAYED = ("kernel", "embed_tokens")
 
@@ -23,6 +29,9 @@ class OptimizerConfig:
     """How parameters are updated.
 
     Attributes:
+        name: "adamw" as published; or "muon" (Jordan et al. 2024, optax's, consistent with Adam in
+            the size of its updates) for convolution kernels, with Adam in Nesterov's form for all
+            else. Ours: a tiny image tokenizer learns about twice as fast with it.
         learning_rate: Rate after the warm-up.
         schedule: One of `SCHEDULES`.
         warmup_steps: Steps of the linear warm-up.
@@ -35,8 +44,11 @@ class OptimizerConfig:
         clip_norm: Largest global norm of the gradient.
         ema_decay: Decay of the moving average of the parameters; 0 keeps none. Ours: no published
             text has one.
+        frozen: Parameters that stay as they are: patterns of paths such as "encoder/*", where *
+            also stands for slashes. Neither gradients nor moments of them are kept.
     """
 
+    name: str = "adamw"
     learning_rate: float = 1e-4
     schedule: str = "constant"
     warmup_steps: int = 5000
@@ -48,9 +60,12 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     ema_decay: float = 0.0
+    frozen: tuple[str, ...] = ()
 
     def __post_init__(self):
-        """Checks the schedule."""
+        """Checks the names."""
+        if self.name not in OPTIMIZERS:
+            raise ValueError(f"name={self.name!r} is unknown; choose from {list(OPTIMIZERS)}")
         if self.schedule not in SCHEDULES:
             raise ValueError(
                 f"schedule={self.schedule!r} is unknown; choose from {list(SCHEDULES)}"
@@ -84,8 +99,62 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
+def _convolutions(params: Any) -> Any:
+    """Which axes of a convolution kernel (height, width, in, out) make it a matrix."""
+    matrix = optax.contrib.MuonDimensionNumbers((0, 1, 2), (3,))
+    return jax.tree.map(lambda leaf: matrix if leaf.ndim == 4 else None, params)
+
+
+def frozen_mask(params: Any, patterns: Sequence[str]) -> Any:
+    """True for the leaves whose path, joined by slashes, matches a pattern.
+
+    Raises:
+        ValueError: A pattern matches nothing, or all is frozen.
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    paths = [
+        "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        for path, _ in leaves
+    ]
+    for pattern in patterns:
+        if not fnmatch.filter(paths, pattern):
+            tops = sorted({path.split("/")[0] for path in paths})
+            raise ValueError(
+                f"optimizer.frozen: {pattern!r} matches no parameter; they are below {tops}"
+            )
+    mask = [any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns) for path in paths]
+    if all(mask):
+        raise ValueError(f"optimizer.frozen={list(patterns)} freezes every parameter")
+    return jax.tree.unflatten(tree, mask)
+
+
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping and AdamW as one optax transformation."""
+    """Clipping and the update as one optax transformation."""
+    update = _update(config)
+    if not config.frozen:
+        return update
+
+    def trained(params):
+        return jax.tree.map(lambda frozen: not frozen, frozen_mask(params, config.frozen))
+
+    # The gradients of frozen leaves are zero (`state.make_train_step`) and pass as they are.
+    return optax.masked(update, trained)
+
+
+def _update(config: OptimizerConfig) -> optax.GradientTransformation:
+    if config.name == "muon":
+        return optax.chain(
+            optax.clip_by_global_norm(config.clip_norm),
+            optax.contrib.muon(
+                learning_rate_schedule(config),
+                # The size of Adam's updates, so that one learning rate serves both.
+                consistent_rms=_RMS_OF_ADAM,
+                muon_weight_dimension_numbers=_convolutions,
+                weight_decay=config.weight_decay,
+                adam_b1=config.beta1,
+                adam_b2=config.beta2,
+            ),
+        )
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),

@@ -4,7 +4,7 @@ Every value a step needs is in the state or in the batch: the same state and the
 the same next state, bit for bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax
@@ -15,6 +15,7 @@ from jaxtyping import Array, Key
 
 from nextstep_jax.training.optimizer import (
     OptimizerConfig,
+    frozen_mask,
     learning_rate_schedule,
     make_optimizer,
     update_ema,
@@ -64,7 +65,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        grad_fn = jax.value_and_grad(_with_frozen(loss_fn, config.frozen), has_aux=True)
         (loss, metrics), grads = grad_fn(state.params, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -83,3 +84,17 @@ def make_train_step(
         return state, metrics
 
     return train_step
+
+
+def _with_frozen(loss_fn: LossFn, patterns: Sequence[str]) -> LossFn:
+    """The loss with no gradient to the frozen leaves: the compiler drops what leads there."""
+    if not patterns:
+        return loss_fn
+
+    def loss(params, batch, key):
+        mask = frozen_mask(params, patterns)
+        stop = jax.lax.stop_gradient
+        params = jax.tree.map(lambda p, frozen: stop(p) if frozen else p, params, mask)
+        return loss_fn(params, batch, key)
+
+    return loss

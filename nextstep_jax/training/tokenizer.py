@@ -1,87 +1,111 @@
 """Training of the image tokenizer (arXiv 2508.10711, eq 3).
 
-The latent is normalised token by token and disturbed, z~ = norm(z) + alpha * eps with alpha ~
-U[0, gamma] per sample, so that the decoder forgives what a sampler gets slightly wrong. The loss
-is reconstruction plus a weight-free stand-in for the perceptual term: the error of the image's
-gradients at several scales.
+The latent is normalised and disturbed, z~ = norm(z) + alpha * eps with alpha ~ U[0, gamma] per
+sample, so that the decoder forgives what a sampler gets slightly wrong. The loss is reconstruction
+plus a perceptual term.
 
 Axes: batch, height, width, channels.
 """
 
 import dataclasses
+import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jaxtyping import Array, Float, Key, UInt8
 
-from nextstep_jax.data.images import pixels_of, resize_cover
-from nextstep_jax.data.pipeline import source_fingerprint
+from nextstep_jax.data.images import pixels_of, random_crop, resize_cover
+from nextstep_jax.data.pipeline import Sources, source_fingerprint
 from nextstep_jax.data.schema import Document
-from nextstep_jax.data.sources import DocumentSource
+from nextstep_jax.models.latents import latents_of
 from nextstep_jax.models.vae import VAE, from_uint8
+from nextstep_jax.parallel import sharding
+from nextstep_jax.training.tokenizer_losses import (
+    disturb_latents,
+    gradient_error,
+    kl_divergence,
+    psnr,
+)
+
+# "gradient" needs no weights; "vgg" and "alex" are LPIPS on that network.
+PERCEPTUAL_TERMS = ("none", "gradient", "vgg", "alex")
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """How the tokenizer is trained. The loss weights are ours: the paper gives none.
+    """How the tokenizer is trained. No loss weight is published: all of them are ours.
 
     Attributes:
         image_size: Side of the square training images in pixels.
         batch_size: Images of the global batch.
+        random_crop: The square is cut out at a random place instead of the middle.
+        smallest_crop: Side of the smallest square over the largest that fits, with `random_crop`;
+            1 takes the largest, wherever it lies. Ours.
+        random_flip: Mirrors every other image.
         noise_gamma: Largest noise added to the normalised latent (0.5 in the paper).
         l1_weight: Weight of the mean absolute error.
         l2_weight: Weight of the mean squared error.
-        gradient_weight: Weight of the gradient error.
+        perceptual: One of `PERCEPTUAL_TERMS`.
+        perceptual_weight: Weight of that term.
+        perceptual_backbone: File of the network's weights, as torchvision distributes them.
+        perceptual_linear: File of LPIPS' own weights; empty if both are in one file.
         gradient_scales: Scales of the gradient error, each half the one before.
-        seed: Order of the images.
+        kl_weight: Weight of the KL divergence of the latent; 0 in the paper. With it the VAE
+            should not be `deterministic`, so that the variances mean something.
+        seed: Order of the images, crops and mirroring.
         num_threads: Threads that read images.
     """
 
     image_size: int = 256
     batch_size: int = 512
+    random_crop: bool = False
+    smallest_crop: float = 1.0
+    random_flip: bool = False
     noise_gamma: float = 0.5
     l1_weight: float = 1.0
-    l2_weight: float = 1.0
-    gradient_weight: float = 1.0
+    l2_weight: float = 0.0
+    perceptual: str = "gradient"
+    perceptual_weight: float = 1.0
+    perceptual_backbone: str = ""
+    perceptual_linear: str = ""
     gradient_scales: int = 2
+    kl_weight: float = 0.0
     seed: int = 0
     num_threads: int = 2
 
+    def __post_init__(self):
+        """Checks names and ranges."""
+        if self.perceptual not in PERCEPTUAL_TERMS:
+            raise ValueError(
+                f"perceptual={self.perceptual!r} is unknown; choose from {list(PERCEPTUAL_TERMS)}"
+            )
+        if self.needs_network and not self.perceptual_backbone:
+            raise ValueError(
+                f"perceptual={self.perceptual!r} needs perceptual_backbone, the file of the"
+                " network's weights; perceptual='gradient' needs none"
+            )
+        if not 0 < self.smallest_crop <= 1:
+            raise ValueError(f"smallest_crop={self.smallest_crop} must lie in (0, 1]")
+        for name in ("noise_gamma", "l1_weight", "l2_weight", "perceptual_weight", "kl_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
 
-def disturb_latents(
-    latents: Float[Array, "batch height width channels"], key: Key[Array, ""], gamma: float
-) -> Float[Array, "batch height width channels"]:
-    """latents + alpha * eps, alpha ~ U[0, gamma] per sample, eps ~ N(0, I) (eq 3)."""
-    alpha_key, noise_key = jax.random.split(key)
-    alpha = jax.random.uniform(alpha_key, (latents.shape[0], 1, 1, 1), maxval=gamma)
-    return latents + alpha * jax.random.normal(noise_key, latents.shape)
-
-
-def gradient_error(
-    images: Float[Array, "batch height width channels"],
-    others: Float[Array, "batch height width channels"],
-    num_scales: int,
-) -> Float[Array, ""]:
-    """Mean absolute difference of horizontal and vertical differences, averaged over scales."""
-    error = jnp.zeros((), jnp.float32)
-    difference = images - others  # taking differences and averaging are both linear
-    for _ in range(num_scales):
-        error += jnp.mean(jnp.abs(jnp.diff(difference, axis=1)))
-        error += jnp.mean(jnp.abs(jnp.diff(difference, axis=2)))
-        batch, height, width, channels = difference.shape
-        halves = (batch, height // 2, 2, width // 2, 2, channels)
-        difference = difference[:, : height // 2 * 2, : width // 2 * 2].reshape(halves)
-        difference = jnp.mean(difference, axis=(2, 4))
-    return error / num_scales
+    @property
+    def needs_network(self) -> bool:
+        """Whether the perceptual term is a network with weights."""
+        return self.perceptual not in ("none", "gradient")
 
 
-def psnr(mean_squared_error: Float[Array, ""]) -> Float[Array, ""]:
-    """Peak signal-to-noise ratio in dB of images in [-1, 1], peak 2."""
-    return 10 * jnp.log10(4.0 / jnp.maximum(mean_squared_error, 1e-12))
+class PerceptualNetwork(NamedTuple):
+    """A distance of images by a network: module(images, others) -> (batch,), and its weights."""
+
+    module: nn.Module
+    params: Any
 
 
 class TokenizerTask:
@@ -90,20 +114,48 @@ class TokenizerTask:
     name = "tokenizer"
 
     def __init__(
-        self, vae: VAE, source: DocumentSource, train: TokenizerConfig, config: dict[str, Any]
+        self,
+        vae: VAE,
+        sources: Sources,
+        train: TokenizerConfig,
+        config: dict[str, Any],
+        network: PerceptualNetwork | None = None,
     ):
-        """`source` holds documents with images; the first image of each is used."""
+        """Holds what the loop asks for.
+
+        Args:
+            vae: What is trained.
+            sources: Documents with images, of which the first of each is used, with weights.
+            train: How it is trained.
+            config: The experiment as plain values.
+            network: The perceptual term, where the config names one.
+
+        Raises:
+            ValueError: The batch is not a multiple of the processes, or a network is missing.
+        """
+        if train.batch_size % jax.process_count():
+            raise ValueError(
+                f"tokenizer.batch_size={train.batch_size} must be a multiple of the"
+                f" {jax.process_count()} processes"
+            )
+        if train.needs_network != (network is not None):
+            raise ValueError(f"perceptual={train.perceptual!r} and the network given do not agree")
         self.config = config
         self.fingerprint = {
-            "source": source_fingerprint(source),
-            "image_size": train.image_size,
-            "documents": len(source),
-            "batch_size": train.batch_size,
-            "seed": train.seed,
+            "sources": [
+                [name, source_fingerprint(source), len(source), weight]
+                for name, (source, weight) in sources.items()
+            ],
             "process_count": jax.process_count(),
+            **{
+                name: getattr(train, name)
+                for name in ("image_size", "batch_size", "seed", "random_crop", "smallest_crop")
+            },
+            "random_flip": train.random_flip,
         }
         self.vae, self.train = vae, train
-        self._source = source
+        self._sources, self._network = sources, network
+        self._placed: tuple[Any, Any] = (None, None)
 
     def init_params(self, key: Key[Array, ""]) -> Any:
         """Fresh parameters of both halves."""
@@ -112,32 +164,62 @@ class TokenizerTask:
 
     def dataset(self, process_index: int, process_count: int) -> Any:
         """Batches {"images": uint8 (batch, side, side, 3)}."""
-        train = self.train
-        dataset = grain.MapDataset.source(self._source).shuffle(seed=train.seed).repeat()
-        dataset = dataset[process_index::process_count].map(_FirstImage(train.image_size))
+        train, components, weights = self.train, [], []
+        for name, (source, weight) in self._sources.items():
+            # One source keeps the order of its seed, whatever it is called.
+            seed = train.seed + (zlib.crc32(name.encode()) if len(self._sources) > 1 else 0)
+            dataset = grain.MapDataset.source(source).shuffle(seed=seed % 2**32).repeat()
+            dataset = dataset.map_with_index(_FirstImage(train, zlib.crc32(name.encode())))
+            components.append(dataset[process_index::process_count])
+            weights.append(weight)
+        dataset = grain.MapDataset.mix(components, weights)
         options = grain.ReadOptions(train.num_threads, prefetch_buffer_size=train.batch_size)
         return dataset.to_iter_dataset(options).batch(
             train.batch_size // process_count, drop_remainder=True
         )
 
     def prepare(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Nothing to do."""
-        return batch
+        """Adds the weights of the perceptual network, laid out once on the batch's devices."""
+        if self._network is None:
+            return batch
+        mesh = batch["images"].sharding.mesh
+        if self._placed[0] != mesh:
+            params = jax.device_put(self._network.params, sharding.replicated(mesh))
+            self._placed = (mesh, params)
+        return {**batch, "perceptual": self._placed[1]}
 
     def loss(
         self, params: Any, batch: Mapping[str, Any], key: Key[Array, ""]
     ) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
         """Reconstruction from the disturbed latent, and its parts."""
-        train, variables = self.train, {"params": params}
+        train, config, variables = self.train, self.vae.config, {"params": params}
         images = from_uint8(batch["images"])
-        latents = self.vae.apply(variables, images, method="encode")
-        latents = disturb_latents(latents, key, train.noise_gamma)
+        moments = self.vae.apply(variables, images, method="encode_moments")
+        posterior_key, noise_key = jax.random.split(key)
+        noise = None
+        if not config.deterministic:
+            shape = (*moments.shape[:-1], config.latent_channels)
+            noise = jax.random.normal(posterior_key, shape)
+        latents = latents_of(config, moments, noise)
+        latents = disturb_latents(latents, noise_key, train.noise_gamma)
         decoded = self.vae.apply(variables, latents, method="decode")
         l1 = jnp.mean(jnp.abs(decoded - images))
         l2 = jnp.mean(jnp.square(decoded - images))
-        gradient = gradient_error(decoded, images, train.gradient_scales)
-        loss = train.l1_weight * l1 + train.l2_weight * l2 + train.gradient_weight * gradient
-        return loss, {"l1": l1, "gradient": gradient, "psnr": psnr(l2)}
+        loss = train.l1_weight * l1 + train.l2_weight * l2
+        metrics = {"l1": l1, "psnr": psnr(l2)}
+        if train.perceptual != "none":
+            metrics["perceptual"] = self._perceptual(batch, decoded, images)
+            loss += train.perceptual_weight * metrics["perceptual"]
+        if train.kl_weight:
+            metrics["kl"] = kl_divergence(moments)
+            loss += train.kl_weight * metrics["kl"]
+        return loss, metrics
+
+    def _perceptual(self, batch: Mapping[str, Any], decoded: Array, images: Array) -> Array:
+        if self._network is None:
+            return gradient_error(decoded, images, self.train.gradient_scales)
+        variables = {"params": batch["perceptual"]}
+        return jnp.mean(self._network.module.apply(variables, images, decoded))
 
     def num_samples(self, batch: Mapping[str, Any]) -> int:
         """Images of the global batch."""
@@ -148,19 +230,41 @@ def first_image(document: Document, side: int) -> UInt8[np.ndarray, "side side 3
     """A document's first image, scaled and cropped to a square.
 
     Raises:
-        ValueError: It has no pixels or cannot be decoded; names the document.
+        ValueError: It has no image, no pixels or cannot be decoded; names the document.
     """
+    return _square(document, lambda pixels: resize_cover(pixels, side, side))
+
+
+def _square(document: Document, fit: Any) -> np.ndarray:
+    """What `fit` makes of the pixels of the first image; errors name the document."""
+    where = f"document {document.id} of {document.source}"
+    if not document.images:
+        raise ValueError(f"{where} has no image")
     try:
-        return np.asarray(resize_cover(pixels_of(document.images[0]), side, side))
+        return np.asarray(fit(pixels_of(document.images[0])))
     except ValueError as error:
-        raise ValueError(f"document {document.id} of {document.source}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
 
 
-class _FirstImage(grain.transforms.Map):
-    """`first_image` as an element of a batch."""
+class _FirstImage(grain.experimental.MapWithIndexTransform):
+    """The first image as an element of a batch, cropped and mirrored as a function of its index.
 
-    def __init__(self, side: int):
-        self._side = side
+    The index counts on from epoch to epoch, so that every epoch crops anew.
+    """
 
-    def map(self, element):
-        return {"images": first_image(element, self._side)}
+    def __init__(self, train: TokenizerConfig, stream: int):
+        self._train, self._stream = train, stream
+
+    def map_with_index(self, index, element):
+        train, side = self._train, self._train.image_size
+        rng = np.random.default_rng([train.seed, self._stream, index])
+
+        def fit(pixels):
+            if train.random_crop:
+                return random_crop(pixels, side, rng, train.smallest_crop)
+            return resize_cover(pixels, side, side)
+
+        square = _square(element, fit)
+        if train.random_flip and rng.random() < 0.5:
+            square = np.ascontiguousarray(square[:, ::-1])
+        return {"images": square}

@@ -156,6 +156,30 @@ def test_resize_cover_equals_resize_then_crop(name, tolerance):
     assert np.abs(result - reference[::-1]).mean() > 30.0
 
 
+def test_random_crops_are_squares_of_the_source():
+    """Where sides match, nothing is resized: the crop is a window, and every window occurs."""
+    column = np.arange(12, dtype=np.uint8)
+    pixels = np.ascontiguousarray(np.broadcast_to(column[None, :, None], (8, 12, 3)))
+    rng = np.random.default_rng(0)
+    lefts = set()
+    for _ in range(60):
+        crop = images.random_crop(pixels, 8, rng)
+        left = int(crop[0, 0, 0])
+        np.testing.assert_array_equal(crop, pixels[:, left : left + 8])
+        lefts.add(left)
+    assert lefts == {0, 1, 2, 3, 4}
+    # Smaller squares are enlarged: a ramp of slope 1 becomes one of slope box / side.
+    ramp = np.ascontiguousarray(np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None], (64, 64)))
+    ramp = np.repeat(ramp[..., None], 3, axis=2)
+    slopes = []
+    for _ in range(200):
+        crop = images.random_crop(ramp, 64, rng, smallest=0.5).astype(float)
+        slopes.append((crop[48, 5, 1] - crop[16, 5, 1]) / 32)
+    assert min(slopes) == pytest.approx(0.5, abs=0.06)
+    assert max(slopes) == pytest.approx(1.0, abs=0.06)
+    assert np.mean(slopes) == pytest.approx(0.75, abs=0.05)
+
+
 def test_pixels_of_checks_the_array():
     with pytest.raises(ValueError, match=r"must be uint8 .* got float64 \(4, 4, 3\)"):
         images.pixels_of(Image(pixels=np.zeros((4, 4, 3))))

@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -109,3 +111,24 @@ def test_bad_sizes_are_refused(size, folder):
 def test_a_list_is_a_source():
     documents = [Document((Text("a"),), "0", "s", "text")]
     assert isinstance(documents, sources.DocumentSource)
+
+
+def test_images_without_captions(folder):
+    """Judging an image tokenizer needs no words: missing captions are no fault then."""
+    for path in folder.glob("**/*.txt"):
+        path.unlink()
+    source = sources.ImageFolderSource(folder, captions=False, name="images")
+    documents = [source[i] for i in range(len(source))]
+    assert [len(document.parts) for document in documents] == [1] * len(documents)
+    assert all(document.images and document.source == "images" for document in documents)
+
+
+def test_the_fingerprint_is_that_of_the_content(folder, tmp_path):
+    first = sources.ImageFolderSource(folder).fingerprint
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    assert sources.ImageFolderSource(moved).fingerprint == first
+    assert sources.ImageFolderSource(moved, image_size=16).fingerprint != first
+    caption = next(iter(sorted(moved.glob("**/*.txt"))))
+    caption.write_text("another caption")
+    assert sources.ImageFolderSource(moved).fingerprint != first

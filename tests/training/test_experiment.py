@@ -7,6 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+from nextstep_jax.data.photographs import PhotographSource
 from nextstep_jax.data.pipeline import DataConfig
 from nextstep_jax.data.shapes import ShapesSource
 from nextstep_jax.data.sources import ImageFolderSource
@@ -76,7 +77,7 @@ def test_sources(tmp_path):
     sources = experiment.build_sources(config)
     assert sources["a"] == (ShapesSource("text", level="easy", seed=3, image_size=48), 2.0)
     assert sources["b"] == (ShapesSource("pair", image_size=48), 1.0)
-    with pytest.raises(ValueError, match=r"'web' is unknown; choose from \['shapes', 'folder'\]"):
+    with pytest.raises(ValueError, match=r"'web' is unknown; choose from \['shapes', 'photo"):
         experiment.build_source({"type": "web"}, 32)
     with pytest.raises(ValueError, match="is not a folder"):
         experiment.build_source({"type": "folder", "root": str(tmp_path / "none")}, 32)
@@ -85,6 +86,35 @@ def test_sources(tmp_path):
     source = experiment.build_source({"type": "folder", "root": str(tmp_path)}, 32)
     assert isinstance(source, ImageFolderSource)
     assert len(source) == 1
+    with pytest.raises(ValueError, match=r"source of type 'folder': .*'size'"):
+        experiment.build_source({"type": "folder", "root": str(tmp_path), "size": 3}, 32)
+    assert [len(document.parts) for document in (source[0], images_of(tmp_path)[0])] == [2, 1]
+
+
+def images_of(folder):
+    return experiment.source_from_text(f"images:{folder}", 32)
+
+
+def test_sources_named_on_a_command_line(tmp_path):
+    world = experiment.source_from_text("shapes:easy", 32, "heldout")
+    assert world == ShapesSource("pair", "easy", "heldout", image_size=32)
+    crops = experiment.source_from_text("photographs", 48)
+    assert crops == PhotographSource(48, "train")
+    with pytest.raises(ValueError, match="is not a folder"):
+        images_of(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"source of type 'folder': .*root"):
+        experiment.source_from_text("folder", 32)
+    with pytest.raises(ValueError, match="source type 'web' is unknown"):
+        experiment.source_from_text("web:x", 32)
+
+
+def test_held_out_sources():
+    """Only sources that have such a split are asked for it."""
+    values = {"a": {"type": "shapes"}, "b": {"type": "photographs"}}
+    sources = experiment.build_sources({"sources": values}, 32, held_out=True)
+    assert {source.split for source, _ in sources.values()} == {"heldout"}
+    sources = experiment.build_sources({"sources": values}, 32)
+    assert {source.split for source, _ in sources.values()} == {"train"}
 
 
 def test_text_tokenizer_is_trained_once(tmp_path):

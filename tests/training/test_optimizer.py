@@ -160,3 +160,36 @@ def test_moving_average():
             expected = 1.0 + np.asarray([4.0, -2.0]) * product
             np.testing.assert_allclose(ema["w"], expected, rtol=1e-5)
     np.testing.assert_allclose(ema["w"], 1.0, rtol=1e-6)
+
+
+def _first_update(config, params, grads):
+    transformation = optimizer.make_optimizer(config)
+    return transformation.update(grads, transformation.init(params), params)[0]
+
+
+def test_muon_makes_convolutions_orthogonal_and_the_rest_adam():
+    """Kernels move by an orthogonal matrix of the size of Adam's updates, biases as Adam says."""
+    config = OptimizerConfig(name="muon", learning_rate=0.01, warmup_steps=0, weight_decay=0.0)
+    rng = np.random.default_rng(0)
+    params = {
+        "kernel": jnp.asarray(rng.standard_normal((3, 3, 4, 8)), jnp.float32),
+        "bias": jnp.asarray(rng.standard_normal(8), jnp.float32),
+    }
+    # One direction a hundred times stronger than the others: plain Adam would follow it.
+    grads = {
+        "kernel": 0.01 * rng.standard_normal((3, 3, 4, 8)) + 1.0,
+        "bias": rng.standard_normal(8),
+    }
+    grads = jax.tree.map(lambda g: jnp.asarray(1e-3 * g, jnp.float32), grads)
+    updates = _first_update(config, params, grads)
+    matrix = np.asarray(updates["kernel"]).reshape(36, 8)
+    # 0.2 * sqrt(max(in, out)) as scale; five Newton-Schulz steps bring singular values near 1.
+    values = np.linalg.svd(matrix, compute_uv=False) / (0.01 * 0.2 * np.sqrt(36))
+    assert values.min() > 0.3
+    assert values.max() < 1.3
+    assert np.sqrt((matrix**2).mean()) == pytest.approx(0.002, rel=0.35)
+    # Adam in Nesterov's form: at the first step (1 + b1 / (1 + b1)) times the sign.
+    expected = -0.01 * (1 + 0.9 / 1.9) * np.sign(grads["bias"])
+    np.testing.assert_allclose(updates["bias"], expected, rtol=1e-3)
+    with pytest.raises(ValueError, match=r"name='sgd' is unknown; choose from \['adamw', 'muon'\]"):
+        OptimizerConfig(name="sgd")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from PIL import Image as PILImage
 
 from nextstep_jax.data.schema import Document, Image, Text
@@ -14,13 +15,23 @@ from nextstep_jax.data.shapes import ShapesSource
 from nextstep_jax.data.sources import ImageFolderSource
 from nextstep_jax.models.config import VAEConfig
 from nextstep_jax.models.vae import VAE
+from nextstep_jax.parallel.mesh import AXES
+from nextstep_jax.parallel.sharding import replicated
 from nextstep_jax.training import tokenizer
-from nextstep_jax.training.tokenizer import TokenizerConfig, TokenizerTask
+from nextstep_jax.training.optimizer import OptimizerConfig, frozen_mask
+from nextstep_jax.training.state import init_state, make_train_step
+from nextstep_jax.training.tokenizer import PerceptualNetwork, TokenizerConfig, TokenizerTask
+from nextstep_jax.training.tokenizer_losses import disturb_latents
 
 # Convolutions take long to optimise, and each of these programs runs once.
 fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
-CONFIG = TokenizerConfig(image_size=32, batch_size=4, num_threads=1)
+WORLD = ShapesSource("pair", image_size=32)
+CONFIG = TokenizerConfig(image_size=32, batch_size=4, l2_weight=1.0, num_threads=1)
+
+
+def make_task(vae, source, train=CONFIG, network=None):
+    return TokenizerTask(vae, {"only": (source, 1.0)}, train, {}, network)
 
 
 @pytest.fixture(scope="module")
@@ -31,58 +42,11 @@ def vae(make_vae):
 
 @pytest.fixture(scope="module")
 def task(vae):
-    return TokenizerTask(vae.module, ShapesSource("pair", image_size=32), CONFIG, {})
-
-
-def test_disturbed_latents():
-    """Equation 3: one alpha a sample, uniform in [0, gamma], times standard normal noise."""
-    clean = jnp.asarray(np.random.default_rng(0).standard_normal((4000, 4, 4, 8)), jnp.float32)
-    noise = np.asarray(tokenizer.disturb_latents(clean, jax.random.key(0), 0.5) - clean)
-    alpha = noise.std(axis=(1, 2, 3))
-    # 128 values a sample: the estimate of alpha is off by alpha / 16; edges have room for 5 sigma.
-    assert alpha.min() >= 0
-    assert alpha.max() < 0.5 * (1 + 5 / 16)
-    assert alpha.mean() == pytest.approx(0.25, abs=4 * 0.5 / np.sqrt(12 * 4000))
-    assert alpha.std() == pytest.approx(0.5 / np.sqrt(12), rel=0.03)
-    assert noise.mean() == pytest.approx(0, abs=5 * 0.29 / np.sqrt(noise.size))
-    # E[(alpha eps)^4] / E[(alpha eps)^2]^2 = 3 * 9/5: one alpha a sample, not one a value.
-    assert (noise**4).mean() / (noise**2).mean() ** 2 == pytest.approx(27 / 5, rel=0.05)
-    still = tokenizer.disturb_latents(clean, jax.random.key(0), 0.0)
-    np.testing.assert_array_equal(still, clean)
-
-
-@pytest.mark.parametrize("num_scales", [1, 2, 3])
-def test_gradient_error_is_the_formula(num_scales):
-    rng = np.random.default_rng(1)
-    a, b = rng.standard_normal((2, 2, 8, 12, 3))
-    expected, x, y = 0.0, a, b
-    for _ in range(num_scales):
-        for image, other in ((x, y),):
-            expected += np.abs(np.diff(image, axis=1) - np.diff(other, axis=1)).mean()
-            expected += np.abs(np.diff(image, axis=2) - np.diff(other, axis=2)).mean()
-        x, y = (
-            (i[:, ::2] + i[:, 1::2])[:, :, ::2] + (i[:, ::2] + i[:, 1::2])[:, :, 1::2]
-            for i in (x / 4, y / 4)
-        )
-    error = tokenizer.gradient_error(jnp.float32(a), jnp.float32(b), num_scales)
-    assert float(error) == pytest.approx(expected / num_scales, rel=1e-5)
-
-
-def test_gradient_error_ignores_brightness():
-    images = jnp.asarray(np.random.default_rng(2).standard_normal((1, 9, 7, 3)), jnp.float32)
-    assert float(tokenizer.gradient_error(images, images, 2)) == 0.0
-    assert float(tokenizer.gradient_error(images, images + 0.5, 2)) < 1e-6
-
-
-def test_psnr():
-    """8-bit noise of one level is 48.13 dB; peak 2."""
-    assert float(tokenizer.psnr(jnp.float32((2 / 255) ** 2))) == pytest.approx(48.1308, abs=1e-3)
-    assert float(tokenizer.psnr(jnp.float32(4.0))) == 0.0
-    assert np.isfinite(float(tokenizer.psnr(jnp.float32(0.0))))
+    return make_task(vae.module, ShapesSource("pair", image_size=32))
 
 
 def test_loss_is_its_parts(task, vae):
-    pixels = np.stack([tokenizer.first_image(task._source[i], 32) for i in range(4)])
+    pixels = np.stack([tokenizer.first_image(WORLD[i], 32) for i in range(4)])
     key = jax.random.key(1)
     batch = {"images": jnp.asarray(pixels)}
     loss, metrics = fast_jit(task.loss)(vae.params, batch, key)
@@ -92,20 +56,21 @@ def test_loss_is_its_parts(task, vae):
     @fast_jit
     def reconstruct(images):
         latents = vae.module.apply(variables, images, method="encode")
-        disturbed = tokenizer.disturb_latents(latents, key, 0.5)
+        _, noise_key = jax.random.split(key)
+        disturbed = disturb_latents(latents, noise_key, 0.5)
         return vae.module.apply(variables, disturbed, method="decode")
 
     decoded = np.asarray(reconstruct(jnp.float32(images)), np.float64)
     l1, l2 = np.abs(decoded - images).mean(), ((decoded - images) ** 2).mean()
     assert float(metrics["l1"]) == pytest.approx(l1, rel=1e-5)
     assert float(metrics["psnr"]) == pytest.approx(10 * np.log10(4 / l2), rel=1e-5)
-    total = l1 + l2 + float(metrics["gradient"])
+    total = l1 + l2 + float(metrics["perceptual"])
     assert float(loss) == pytest.approx(total, rel=1e-5)
 
 
 def test_training_lowers_the_loss(task, vae):
     """Both halves are trained: ten steps on one batch, and every leaf of both moves."""
-    batch = {"images": jnp.stack([tokenizer.first_image(task._source[i], 32) for i in range(2)])}
+    batch = {"images": jnp.stack([tokenizer.first_image(WORLD[i], 32) for i in range(2)])}
     optimizer = optax.adam(1e-2)
 
     @fast_jit
@@ -144,9 +109,7 @@ def numbered(n):
 
 def read(source, num_batches, process=(0, 1), **changes):
     train = dataclasses.replace(CONFIG, **changes)
-    with closing(
-        iter(TokenizerTask(VAE(VAEConfig()), source, train, {}).dataset(*process))
-    ) as iterator:
+    with closing(iter(make_task(VAE(VAEConfig()), source, train).dataset(*process))) as iterator:
         batches = [next(iterator)["images"] for _ in range(num_batches)]
     assert {(b.shape, b.dtype.name) for b in batches} == {
         ((train.batch_size // process[1], 32, 32, 3), "uint8")
@@ -175,15 +138,11 @@ def test_fingerprint_is_the_same_in_every_process(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     sources = [lambda: ImageFolderSource(tmp_path), lambda: ShapesSource("pair", image_size=32)]
     for make_source in sources:
-        first, second = (
-            TokenizerTask(VAE(VAEConfig()), make_source(), CONFIG, {}) for _ in range(2)
-        )
+        first, second = (make_task(VAE(VAEConfig()), make_source()) for _ in range(2))
         assert first.fingerprint == second.fingerprint
         assert "0x" not in str(first.fingerprint)
     levels = [
-        TokenizerTask(
-            VAE(VAEConfig()), ShapesSource("pair", image_size=32, level=name), CONFIG, {}
-        ).fingerprint
+        make_task(VAE(VAEConfig()), ShapesSource("pair", image_size=32, level=name)).fingerprint
         for name in ("easy", "full")
     ]
     assert levels[0] != levels[1]
@@ -199,3 +158,150 @@ def test_a_damaged_image_is_named():
     document = Document((Image(encoded=b"\xff\xd8\xff"),), "cats/a.jpg", "photos", "interleaved")
     with pytest.raises(ValueError, match=r"document cats/a\.jpg of photos: cannot decode"):
         tokenizer.first_image(document, 32)
+
+
+def moved(task, params, frozen=(), num_steps=2):
+    """Names of the halves of which something moves in a few updates, and the last state."""
+    config = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, ema_decay=0.9, frozen=frozen)
+    batch = task.prepare({"images": jnp.stack([tokenizer.first_image(WORLD[0], 32)] * 2)})
+    step = fast_jit(make_train_step(task.loss, config))
+    state = init_state(params, config, jax.random.key(0))
+    for _ in range(num_steps):
+        state, metrics = step(state, batch)
+    changed = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), params, state.params)
+    return {half for half in changed if any(jax.tree.leaves(changed[half]))}, state, metrics
+
+
+def test_a_frozen_encoder_stays_and_costs_no_moments(task, vae):
+    """The released standalone tokenizer trained its decoder alone."""
+    assert moved(task, vae.params)[0] == {"encoder", "decoder"}
+    halves, state, metrics = moved(task, vae.params, ("encoder/*",))
+    assert halves == {"decoder"}
+    encoder_size = sum(leaf.size for leaf in jax.tree.leaves(vae.params["encoder"]))
+    all_size = sum(leaf.size for leaf in jax.tree.leaves(vae.params))
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
+    assert moments == 2 * (all_size - encoder_size)
+    # The gradient's norm is that of the decoder alone.
+    batch = {"images": jnp.stack([tokenizer.first_image(WORLD[0], 32)] * 2)}
+    key = jax.random.fold_in(state.key, 0)
+    grads = fast_jit(jax.grad(lambda p: task.loss(p, batch, key)[0]))(vae.params)
+    first = moved(task, vae.params, ("encoder/*",), 1)[2]
+    assert float(first["grad_norm"]) == pytest.approx(
+        float(optax.tree.norm(grads["decoder"])), rel=1e-4
+    )
+    assert float(metrics["update_norm"]) > 0
+
+
+def test_frozen_patterns_that_fit_nothing_are_refused(vae):
+    with pytest.raises(ValueError, match=r"'encodr/\*' matches no parameter.*decoder.*encoder"):
+        frozen_mask(vae.params, ("encodr/*",))
+    with pytest.raises(ValueError, match="freezes every parameter"):
+        frozen_mask(vae.params, ("*",))
+    mask = frozen_mask(vae.params, ("*/conv_in/kernel",))
+    assert sum(jax.tree.leaves(mask)) == 2
+
+
+class _Half(nn.Module):
+    """A distance with one weight: what a perceptual network is to the task."""
+
+    @nn.compact
+    def __call__(self, images, others):
+        weight = self.param("weight", nn.initializers.ones, ())
+        return weight * jnp.mean(jnp.square(images - others), axis=(1, 2, 3))
+
+
+@pytest.mark.parametrize("perceptual", ["none", "gradient", "vgg"])
+def test_perceptual_terms(vae, perceptual):
+    """The network's distance enters with its weight; its own weights are no gradients' business."""
+    changes = {"perceptual": perceptual, "perceptual_weight": 3.0, "perceptual_backbone": "x"}
+    train = dataclasses.replace(CONFIG, **changes)
+    network = PerceptualNetwork(_Half(), {"weight": jnp.float32(0.5)})
+    task = make_task(vae.module, WORLD, train, network if perceptual == "vgg" else None)
+    images = jnp.stack([tokenizer.first_image(WORLD[i], 32) for i in range(2)])
+    batch = {"images": images}
+    if perceptual == "vgg":
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)
+        batch = task.prepare({"images": jax.device_put(images, replicated(mesh))})
+        assert float(batch["perceptual"]["weight"]) == 0.5
+    loss, metrics = fast_jit(task.loss)(vae.params, batch, jax.random.key(0))
+    l2 = 4 / 10 ** (float(metrics["psnr"]) / 10)
+    reconstruction = float(metrics["l1"]) + l2
+    if perceptual == "none":
+        assert "perceptual" not in metrics
+        expected = reconstruction
+    else:
+        expected = reconstruction + 3.0 * float(metrics["perceptual"])
+    if perceptual == "vgg":
+        assert float(metrics["perceptual"]) == pytest.approx(0.5 * l2, rel=1e-5)
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_kl_term_and_the_sample(make_vae):
+    """With a KL term the decoder sees a sample of the posterior."""
+    vae = make_vae(channel_multipliers=(1,), deterministic=False, norm_patch_size=None)
+    train = dataclasses.replace(CONFIG, kl_weight=0.1, noise_gamma=0.0, perceptual="none")
+    task = make_task(vae.module, WORLD, train)
+    pixels = jnp.stack([tokenizer.first_image(WORLD[i], 32) for i in range(2)])
+    key = jax.random.key(3)
+    loss, metrics = fast_jit(task.loss)(vae.params, {"images": pixels}, key)
+
+    @fast_jit
+    def by_hand(pixels):
+        variables, images = {"params": vae.params}, pixels / 127.5 - 1.0
+        moments = vae.module.apply(variables, images, method="encode_moments")
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        noise = jax.random.normal(jax.random.split(key)[0], mean.shape)
+        sample = mean + jnp.exp(log_variance / 2) * noise
+        return moments, vae.module.apply(variables, sample, method="decode") - images
+
+    moments, error = by_hand(pixels)
+    mean, log_variance = np.split(np.asarray(moments, np.float64), 2, axis=-1)
+    kl = (0.5 * (mean**2 + np.exp(log_variance) - 1 - log_variance)).mean()
+    assert float(metrics["kl"]) == pytest.approx(kl, rel=1e-5)
+    expected = np.abs(error).mean() + np.square(error).mean() + 0.1 * kl
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_sources_are_mixed_cropped_and_mirrored():
+    """By weight; the same for any number of threads; every epoch anew."""
+    ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None], (40, 64, 3))
+    dark = [Document((Image(pixels=np.ascontiguousarray(ramp)),), "d", "s", "pair")] * 3
+    white = [Document((Image(pixels=np.full((40, 40, 3), 255, np.uint8)),), "w", "s", "pair")]
+    changes = {"random_crop": True, "smallest_crop": 0.8, "random_flip": True}
+
+    def draw(num_threads):
+        train = dataclasses.replace(CONFIG, **changes, num_threads=num_threads)
+        sources = {"dark": (dark, 3.0), "white": (white, 1.0)}
+        task = TokenizerTask(VAE(VAEConfig()), sources, train, {})
+        with closing(iter(task.dataset(0, 1))) as iterator:
+            return np.concatenate([next(iterator)["images"] for _ in range(24)])
+
+    images = draw(0)
+    np.testing.assert_array_equal(images, draw(2))
+    is_white = (images == 255).all(axis=(1, 2, 3))
+    assert is_white.mean() == pytest.approx(0.25, abs=0.02)
+    rows = images[~is_white][:, 16, :, 0].astype(int)
+    mirrored = rows[:, 0] > rows[:, -1]
+    assert 0.3 < mirrored.mean() < 0.7
+    left = np.where(mirrored, rows[:, -1], rows[:, 0])
+    # The square is 32 to 40 wide in a picture of 64, so that it starts anywhere in 0 ... 32.
+    assert left.min() <= 4
+    assert 20 <= left.max() <= 33
+    width = np.abs(rows[:, -1] - rows[:, 0])
+    assert width.min() >= 29
+    assert width.max() <= 40
+    assert len(set(left)) > 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"perceptual": "lpips"}, r"perceptual='lpips' is unknown.*gradient"),
+        ({"perceptual": "vgg"}, "needs perceptual_backbone"),
+        ({"smallest_crop": 0.0}, r"smallest_crop=0.0 must lie in \(0, 1\]"),
+        ({"kl_weight": -1.0}, "kl_weight=-1.0 must not be negative"),
+    ],
+)
+def test_bad_values_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **changes)
