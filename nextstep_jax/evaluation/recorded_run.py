@@ -36,8 +36,9 @@ from nextstep_jax.interop.streaming import tree_of_groups
 from nextstep_jax.interop.tensor_map import leaves_of, nextstep_slots, to_published
 from nextstep_jax.models.config import NextStepConfig
 from nextstep_jax.models.decoder import stack_layers
+from nextstep_jax.models.latents import depth_to_space, space_to_depth
 from nextstep_jax.models.nextstep import NextStep
-from nextstep_jax.models.vae import VAE, depth_to_space, space_to_depth
+from nextstep_jax.models.vae import VAE
 from nextstep_jax.sampling.generate import (
     Prompts,
     SamplerConfig,
