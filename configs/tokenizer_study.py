@@ -75,7 +75,7 @@ def get_config(cell: str = "norm-0.5") -> ConfigDict:
                 ema_decay=0.995,
             ),
             "loop": loop_defaults(
-                num_steps=800, checkpoint_every=400, log_every=20, hook_every=800
+                num_steps=600, checkpoint_every=300, log_every=20, hook_every=600
             ),
             "dtype": "float32",
         }
@@ -107,7 +107,7 @@ def get_model_config(records: str) -> ConfigDict:
             "optimizer": optimizer_defaults(
                 learning_rate=2e-3, schedule="cosine", warmup_steps=100, ema_decay=0.998
             ),
-            "loop": loop_defaults(num_steps=1000, checkpoint_every=500, log_every=20),
+            "loop": loop_defaults(num_steps=900, checkpoint_every=450, log_every=20),
             "sampling": {"preset": "plain", "guidance_scale": 2.0},
             "score": {"level": "easy"},
             "dtype": "float32",

@@ -14,6 +14,7 @@ those of one. The report, in WORKDIR/report, holds the cells that are finished.
 """
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import pathlib
@@ -25,6 +26,7 @@ import numpy as np
 from absl import flags
 
 from nextstep_jax import runs
+from nextstep_jax.data.record_writer import write_json
 from nextstep_jax.data.shapes import ShapesSource, heldout_prompts
 from nextstep_jax.evaluation import tokenizer_study as report
 from nextstep_jax.evaluation.hooks import score_alignment
@@ -42,7 +44,7 @@ from nextstep_jax.training.tokenizer import first_image
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/study", "Where everything goes.")
 _CELLS = flags.DEFINE_list("cells", None, "Cells such as norm-0.5; by default all.")
-_DOCUMENTS = flags.DEFINE_integer("num_documents", 20_000, "Captioned images to train models on.")
+_DOCUMENTS = flags.DEFINE_integer("num_documents", 16_000, "Captioned images to train models on.")
 _TOKENIZER_STEPS = flags.DEFINE_integer("tokenizer_steps", None, "Instead of the config's.")
 _MODEL_STEPS = flags.DEFINE_integer("model_steps", None, "Instead of the config's.")
 _IMAGES = flags.DEFINE_integer("num_images", 256, "Held-out images of each kind.")
@@ -63,9 +65,7 @@ _SPEC.loader.exec_module(configs)
 def once(path: pathlib.Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What a JSON file holds; if there is none, what `make` returns, written there."""
     if not path.is_file():
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text(json.dumps(make(), indent=2) + "\n")
-        fresh.rename(path)
+        write_json(path, make())
     return json.loads(path.read_text())
 
 
@@ -232,9 +232,12 @@ def workdir_settings(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def settings() -> dict[str, Any]:
-    """What all cells of a study share."""
+    """What all cells of a study share; the experiments themselves by a digest."""
     names = ("num_documents", "tokenizer_steps", "model_steps", "num_images", "num_prompts")
-    return {name: flags.FLAGS[name].value for name in names}
+    experiments = [configs.get_config(), configs.get_model_config("records")]
+    text = json.dumps([experiment.plain(config) for config in experiments], sort_keys=True)
+    digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return {**{name: flags.FLAGS[name].value for name in names}, "experiments": digest}
 
 
 if __name__ == "__main__":

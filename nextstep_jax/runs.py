@@ -20,7 +20,6 @@ from nextstep_jax.data.schema import Text
 from nextstep_jax.data.sources import DocumentSource
 from nextstep_jax.evaluation.hooks import ReconstructionHook, SampleHook
 from nextstep_jax.interop.model_directory import (
-    read_vae,
     write_model_directory,
     write_vae_config,
 )
@@ -61,15 +60,16 @@ def train_tokenizer(config: Any, workdir: pathlib.Path) -> None:
     network = _perceptual_network(config["tokenizer"])
     task, loop_config = experiment.build_tokenizer_task(config, network)
     start = None
-    if config.get("init_from"):
-        start = start_of_vae(pathlib.Path(config["init_from"]), task.vae.config)
+    # A run that goes on has parameters of its own; what it began with may be gone.
+    if config.get("init_from") and not any((pathlib.Path(workdir) / "checkpoints").glob("[0-9]*")):
+        start = _start_of_vae(pathlib.Path(config["init_from"]), task.vae.config)
     pixels = _held_out_pixels(config, task.train.image_size)
     hooks = _on_one_process([ReconstructionHook(workdir, task.vae, pixels)])
     write = functools.partial(write_vae_config, workdir, task.vae.config)
     loop.run(task, loop_config, workdir, hooks, write, start)
 
 
-def start_of_vae(directory: pathlib.Path, config: VAEConfig) -> Callable[[Any], Any]:
+def _start_of_vae(directory: pathlib.Path, config: VAEConfig) -> Callable[[Any], Any]:
     """Reads the parameters that a tokenizer's training starts from, when called.
 
     Args:
@@ -141,7 +141,8 @@ def prepare_model(config: Any, workdir: pathlib.Path, tokenizer_dir: pathlib.Pat
     config = experiment.plain(config)
     size = (config["image_size"], config["image_size"])
     preset = preset_from_settings(config["sampling"])
-    vae_config, vae_params = read_vae(tokenizer_dir)
+    vae_config, load_vae = open_image_tokenizer(pathlib.Path(tokenizer_dir))
+    vae_params = load_vae()
     vae = VAE(vae_config)
     model_config = experiment.build_model_config(config["model"])
     tokenizer = experiment.load_or_train_text_tokenizer(

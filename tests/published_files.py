@@ -69,6 +69,24 @@ VAE = {
     "encoder_norm": True,
     "psz": 2,
 }
+# The same in the words of diffusers' AutoencoderKL.
+DIFFUSERS_VAE = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": [32, 64],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "force_upcast": True,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "scaling_factor": 1.5,
+    "shift_factor": 0.25,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "use_post_quant_conv": False,
+    "use_quant_conv": False,
+}
 QWEN = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",

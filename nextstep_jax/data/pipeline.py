@@ -249,7 +249,7 @@ def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any]) -> N
     ]
     if differing:
         raise ValueError(
-            "the saved position in the data belongs to another pipeline: " + "; ".join(differing)
+            "the checkpoint belongs to a run with other data or settings: " + "; ".join(differing)
         )
 
 

@@ -143,9 +143,9 @@ def plot_latents(results: Results, path: pathlib.Path) -> None:
         for i, (cell, one) in enumerate(_cells_of(results, norm)):
             latents = one["quality"]["shapes"]["latents"]
             _draw_histogram(top, latents["histogram"], f"gamma {_gamma(cell):g}")
-            mean, std = (np.asarray(latents["channels"][k]) for k in ("mean", "variance"))
+            mean, variance = (np.asarray(latents["channels"][k]) for k in ("mean", "variance"))
             places = np.arange(len(mean)) + 0.12 * i
-            below.errorbar(places, mean, np.sqrt(std), fmt="o", markersize=4, color=f"C{i}")
+            below.errorbar(places, mean, np.sqrt(variance), fmt="o", markersize=4, color=f"C{i}")
         top.set_title(words, fontsize=10)
         top.set_xlabel("value, in units of the model")
         below.set_xlabel("channel of the latent")

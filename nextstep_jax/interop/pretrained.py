@@ -1,9 +1,11 @@
 """What a folder holds in whichever form: ours, or published files as they are."""
 
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -71,7 +73,7 @@ def open_image_tokenizer(directory: pathlib.Path) -> tuple[VAEConfig, Callable[[
     Published are NextStep's own under the original names, and Flux's under those or diffusers'.
 
     Returns:
-        The configuration, and a function that reads the parameters.
+        The configuration, and a function that reads the parameters, as float32.
 
     Raises:
         FileNotFoundError: The folder holds none.
@@ -83,4 +85,4 @@ def open_image_tokenizer(directory: pathlib.Path) -> tuple[VAEConfig, Callable[[
     if ours or not (directory / "config.json").is_file():
         return read_vae_config(directory), lambda: read_vae(directory)[1]
     files = huggingface.open_vae(directory)
-    return files.config, files.load
+    return files.config, functools.partial(files.load, jnp.float32)

@@ -72,7 +72,7 @@ def vae_to_published(config: VAEConfig, *, resolution: int = 512) -> dict[str, A
     """
     problems = [
         f"{name}={getattr(config, name)!r} must be {getattr(_RELEASED, name)!r}"
-        for name in ("num_groups", "norm_eps", "latent_norm_eps")
+        for name in ("num_groups", "norm_eps", "latent_norm_eps", "norm_over")
         if getattr(config, name) != getattr(_RELEASED, name)
     ]
     if problems:

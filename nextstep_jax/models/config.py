@@ -131,6 +131,10 @@ class VAEConfig:
             f"norm_over={self.norm_over!r} is unknown; choose from {list(LATENT_NORMS)}",
         )
         _require(
+            self.norm_over == "token" or self.norm_patch_size is not None,
+            f"norm_over={self.norm_over!r} with norm_patch_size=None, which is no norm at all",
+        )
+        _require(
             self.channels % self.num_groups == 0,
             f"channels={self.channels} must be a multiple of num_groups={self.num_groups}",
         )

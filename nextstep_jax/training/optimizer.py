@@ -40,7 +40,7 @@ class OptimizerConfig:
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
         eps: Added to the root of the second moment.
-        weight_decay: Decoupled decay of the matrices.
+        weight_decay: Decoupled decay of the matrices; with muon of the convolutions.
         clip_norm: Largest global norm of the gradient.
         ema_decay: Decay of the moving average of the parameters; 0 keeps none. Ours: no published
             text has one.
@@ -151,6 +151,7 @@ def _update(config: OptimizerConfig) -> optax.GradientTransformation:
                 consistent_rms=_RMS_OF_ADAM,
                 muon_weight_dimension_numbers=_convolutions,
                 weight_decay=config.weight_decay,
+                eps=config.eps,
                 adam_b1=config.beta1,
                 adam_b2=config.beta2,
             ),
@@ -164,7 +165,11 @@ def _update(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def update_ema(ema: Any, params: Any, step: Int[Array, ""], decay: float) -> Any:
-    """decay * ema + (1 - decay) * params; early on the decay is (1 + step) / (10 + step)."""
+    """decay * ema + (1 - decay) * params; early on the decay is (1 + step) / (10 + step).
+
+    Written so that a parameter which stays as it is, as frozen ones do, leaves its average as it
+    is, to the last bit.
+    """
     step = step.astype(jnp.float32)
     decay = jnp.minimum(decay, (1 + step) / (10 + step))
-    return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
+    return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)

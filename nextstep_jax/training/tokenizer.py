@@ -8,6 +8,8 @@ Axes: batch, height, width, channels.
 """
 
 import dataclasses
+import json
+import math
 import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -22,9 +24,11 @@ from jaxtyping import Array, Float, Key, UInt8
 from nextstep_jax.data.images import pixels_of, random_crop, resize_cover
 from nextstep_jax.data.pipeline import Sources, source_fingerprint
 from nextstep_jax.data.schema import Document
+from nextstep_jax.models.config import to_dict
 from nextstep_jax.models.latents import latents_of
 from nextstep_jax.models.vae import VAE, from_uint8
 from nextstep_jax.parallel import sharding
+from nextstep_jax.training.pretrain import tree_digest
 from nextstep_jax.training.tokenizer_losses import (
     disturb_latents,
     gradient_error,
@@ -55,8 +59,8 @@ class TokenizerConfig:
         perceptual_backbone: File of the network's weights, as torchvision distributes them.
         perceptual_linear: File of LPIPS' own weights; empty if both are in one file.
         gradient_scales: Scales of the gradient error, each half the one before.
-        kl_weight: Weight of the KL divergence of the latent; 0 in the paper. With it the VAE
-            should not be `deterministic`, so that the variances mean something.
+        kl_weight: Weight of the KL divergence of the latent; 0 in the paper. It needs a VAE that
+            samples and is not normalised, or the divergence would be that of something else.
         seed: Order of the images, crops and mirroring.
         num_threads: Threads that read images.
     """
@@ -92,8 +96,19 @@ class TokenizerConfig:
         if not 0 < self.smallest_crop <= 1:
             raise ValueError(f"smallest_crop={self.smallest_crop} must lie in (0, 1]")
         for name in ("noise_gamma", "l1_weight", "l2_weight", "perceptual_weight", "kl_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be finite and not negative")
+        for name in ("image_size", "batch_size", "gradient_scales"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_threads < 0:
+            raise ValueError(f"num_threads={self.num_threads} must be at least 0")
+        # Differences of neighbours need two pixels at the coarsest scale.
+        if self.perceptual == "gradient" and self.image_size < 2**self.gradient_scales:
+            raise ValueError(
+                f"gradient_scales={self.gradient_scales} halve image_size={self.image_size} to"
+                " less than two pixels"
+            )
 
     @property
     def needs_network(self) -> bool:
@@ -138,6 +153,11 @@ class TokenizerTask:
                 f"tokenizer.batch_size={train.batch_size} must be a multiple of the"
                 f" {jax.process_count()} processes"
             )
+        if train.kl_weight and (vae.config.deterministic or vae.config.norm_patch_size):
+            raise ValueError(
+                f"kl_weight={train.kl_weight} needs a VAE that samples and is not normalised:"
+                " vae.deterministic=False and vae.norm_patch_size=None"
+            )
         if train.needs_network != (network is not None):
             raise ValueError(f"perceptual={train.perceptual!r} and the network given do not agree")
         self.config = config
@@ -152,6 +172,10 @@ class TokenizerTask:
                 for name in ("image_size", "batch_size", "seed", "random_crop", "smallest_crop")
             },
             "random_flip": train.random_flip,
+            # Not the data, but no less what a checkpoint's parameters were trained for.
+            "vae": json.loads(json.dumps(to_dict(vae.config))),
+            "perceptual": train.perceptual,
+            "perceptual_network": None if network is None else tree_digest(network.params),
         }
         self.vae, self.train = vae, train
         self._sources, self._network = sources, network
@@ -173,7 +197,8 @@ class TokenizerTask:
             components.append(dataset[process_index::process_count])
             weights.append(weight)
         dataset = grain.MapDataset.mix(components, weights)
-        options = grain.ReadOptions(train.num_threads, prefetch_buffer_size=train.batch_size)
+        ahead = max(train.batch_size, train.num_threads)
+        options = grain.ReadOptions(train.num_threads, prefetch_buffer_size=ahead)
         return dataset.to_iter_dataset(options).batch(
             train.batch_size // process_count, drop_remainder=True
         )

@@ -15,30 +15,13 @@ from nextstep_jax.interop.published_config import model_from_published
 from nextstep_jax.interop.tensor_map import tree_of
 from nextstep_jax.models.config import VAEConfig
 from tests import published_files, published_tokenizer
-from tests.published_files import BFLOAT16, MODEL, VAE, write
+from tests.published_files import BFLOAT16, DIFFUSERS_VAE, MODEL, VAE, write
 
 OLDER_NAMES = {
     **{"latent_size": "image_size", "latent_patch_size": "patch_size"},
     **{"latent_channels": "num_channels", "fm_head_dim": "genloss_width"},
     **{"fm_head_layers": "genloss_depth", "fm_head_batch_mul": "genloss_batch_mul"},
     **{"im_loss_weight": "image_loss_weight"},
-}
-DIFFUSERS_VAE = {
-    "_class_name": "AutoencoderKL",
-    "act_fn": "silu",
-    "block_out_channels": [32, 64],
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "force_upcast": True,
-    "in_channels": 3,
-    "latent_channels": 4,
-    "layers_per_block": 1,
-    "norm_num_groups": 32,
-    "out_channels": 3,
-    "scaling_factor": 1.5,
-    "shift_factor": 0.25,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "use_post_quant_conv": False,
-    "use_quant_conv": False,
 }
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import json
 from contextlib import closing
 
 import jax
@@ -262,6 +263,25 @@ def test_the_kl_term_and_the_sample(make_vae):
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_a_kl_term_needs_a_latent_that_it_is_of(make_vae):
+    train = dataclasses.replace(CONFIG, kl_weight=0.1)
+    for changes in ({"deterministic": False}, {"norm_patch_size": None, "deterministic": True}):
+        with pytest.raises(ValueError, match=r"kl_weight=0.1 needs a VAE that samples"):
+            make_task(make_vae(**changes).module, WORLD, train)
+
+
+def test_another_norm_or_network_is_another_run(make_vae):
+    """Parameters have the same shapes: without this a checkpoint would go on as something else."""
+    vae = make_vae(channel_multipliers=(1,)).module
+    other = make_vae(channel_multipliers=(1,), norm_over="channel").module
+    assert make_task(vae, WORLD).fingerprint != make_task(other, WORLD).fingerprint
+    train = dataclasses.replace(CONFIG, perceptual="vgg", perceptual_backbone="x")
+    networks = [PerceptualNetwork(_Half(), {"weight": jnp.float32(w)}) for w in (0.5, 0.6)]
+    first, second = (make_task(vae, WORLD, train, n).fingerprint for n in networks)
+    assert first != second
+    assert json.loads(json.dumps(first)) == first
+
+
 def test_sources_are_mixed_cropped_and_mirrored():
     """By weight; the same for any number of threads; every epoch anew."""
     ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None], (40, 64, 3))
@@ -299,7 +319,11 @@ def test_sources_are_mixed_cropped_and_mirrored():
         ({"perceptual": "lpips"}, r"perceptual='lpips' is unknown.*gradient"),
         ({"perceptual": "vgg"}, "needs perceptual_backbone"),
         ({"smallest_crop": 0.0}, r"smallest_crop=0.0 must lie in \(0, 1\]"),
-        ({"kl_weight": -1.0}, "kl_weight=-1.0 must not be negative"),
+        ({"kl_weight": -1.0}, "kl_weight=-1.0 must be finite and not negative"),
+        ({"noise_gamma": float("nan")}, "noise_gamma=nan must be finite"),
+        ({"gradient_scales": 0}, "gradient_scales=0 must be at least 1"),
+        ({"gradient_scales": 6}, "gradient_scales=6 halve image_size=32"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
     ],
 )
 def test_bad_values_are_named(changes, message):

@@ -1,5 +1,6 @@
 """Trainings of the image tokenizer: killed and continued, from weights, with a frozen half."""
 
+import contextlib
 import importlib
 import os
 import pathlib
@@ -13,15 +14,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from nextstep_jax import runs
 from nextstep_jax.interop import huggingface
 from nextstep_jax.interop.model_directory import read_vae
+from nextstep_jax.interop.perceptual_weights import lpips_slots, read_lpips
+from nextstep_jax.models.perceptual import Lpips
 from nextstep_jax.models.vae import VAE
 from nextstep_jax.training import experiment
 from nextstep_jax.training.checkpoint import load_params
 from nextstep_jax.training.metrics import read_metrics
+from nextstep_jax.training.tokenizer import PerceptualNetwork
 from tests import published_files
+from tests.recorded.record_perceptual import random_tensor
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 NUM_STEPS, EVERY = 24, 4
@@ -118,11 +124,17 @@ def test_training_starts_from_a_tokenizer_of_ours(make_vae, tmp_path):
     second.init_from = str(tmp_path / "first")
     second.loop.update(seed=5)
     runs.train_tokenizer(second, tmp_path / "second")
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        read_vae(tmp_path / "first")[1],
-        read_vae(tmp_path / "second")[1],
-    )
+    for ema in (True, False):
+        found, _ = load_params(tmp_path / "second" / "checkpoints", ema=ema)
+        jax.tree.map(np.testing.assert_array_equal, found, read_vae(tmp_path / "first")[1])
+    # What it started from is not needed to go on.
+    (tmp_path / "first").rename(tmp_path / "elsewhere")
+    runs.train_tokenizer(second, tmp_path / "second")
+    # Another norm is another tokenizer, though its parameters have the same shapes.
+    second.vae.norm_patch_size = None
+    with pytest.raises(ValueError, match=r"vae: saved .*'norm_patch_size': "):
+        runs.train_tokenizer(second, tmp_path / "second")
+    (tmp_path / "elsewhere").rename(tmp_path / "first")
     third = experiment.plain(second)
     third["vae"]["latent_channels"] = 2 * third["vae"]["latent_channels"]
     with pytest.raises(ValueError, match=r"does not fit init_from=.*latent_channels=\d+, there"):
@@ -137,7 +149,7 @@ def test_training_starts_from_a_tokenizer_of_ours(make_vae, tmp_path):
 def test_training_starts_from_published_weights(diffusers, tmp_path):
     """Flux's VAE becomes a NextStep tokenizer: the norm is new, the decoder alone is trained."""
     values = published_files.DIFFUSERS_VAE if diffusers else published_files.VAE
-    shapes = published_files.vae_shapes(values, diffusers=diffusers)
+    shapes = published_files.vae_shapes(diffusers=diffusers)
     tensors = published_files.random_tensors(shapes, seed=3)
     stem = "diffusion_pytorch_model" if diffusers else "model"
     folder = published_files.write(tmp_path / "flux", values, tensors, stem=stem)
@@ -158,6 +170,13 @@ def test_training_starts_from_published_weights(diffusers, tmp_path):
     # Adam's first step moves a value by the rate, up or down.
     moves = jax.tree.leaves(distance["decoder"])
     assert 0.9e-3 < max(moves) < 1.1e-3
+    # A run with a frozen half continues too.
+    config.loop.num_steps = 3
+    runs.train_tokenizer(config, tmp_path / "tuned")
+    for ema in (True, False):
+        latest, step = load_params(tmp_path / "tuned" / "checkpoints", ema=ema)
+        assert step == 3
+        jax.tree.map(np.testing.assert_array_equal, latest["encoder"], given["encoder"])
 
 
 @pytest.mark.parametrize("multipliers", [(1, 1, 2), (1, 1, 1, 2), (1, 1, 1, 1, 2)])
@@ -194,3 +213,40 @@ def test_computing_blocks_again_changes_nothing(make_vae):
 
     first, second = gradients(made.module), gradients(again)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), first, second)
+
+
+def write_alex(folder):
+    """Random weights of LPIPS on AlexNet: the network's file and that of the channel weights."""
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    abstract = jax.eval_shape(Lpips("alex").init, jax.random.key(0), image, image)["params"]
+    tensors = {slot.name: random_tensor(slot.name, slot.shape) for slot in lpips_slots(abstract)}
+    paths = folder / "alexnet.safetensors", folder / "lin.safetensors"
+    for path, is_linear in zip(paths, (False, True), strict=True):
+        part = {name: t for name, t in tensors.items() if name.startswith("lin") == is_linear}
+        safetensors.numpy.save_file(part, path)
+    return paths
+
+
+def test_the_perceptual_network_is_read_and_used(make_vae, tmp_path):
+    """Without noise and at a rate of 0 the logged distance is that of the reconstructions."""
+    backbone, linear = write_alex(tmp_path)
+    config = tiny_config(make_vae(channel_multipliers=(1,)).module.config, noise_gamma=0.0)
+    config.optimizer.update(learning_rate=0.0)
+    config.tokenizer.update(
+        perceptual="alex", perceptual_backbone=str(backbone), perceptual_linear=str(linear)
+    )
+    runs.train_tokenizer(config, tmp_path / "run")
+    (line,) = read_metrics(tmp_path / "run")
+    plain = experiment.plain(config)
+    params = read_lpips("alex", backbone, linear)
+    task, _ = experiment.build_tokenizer_task(plain, PerceptualNetwork(Lpips("alex"), params))
+    with contextlib.closing(iter(task.dataset(0, 1))) as iterator:
+        images = next(iterator)["images"] / np.float32(127.5) - 1
+    trained = read_vae(tmp_path / "run")[1]
+    decoded = task.vae.apply({"params": trained}, images)
+    distance = Lpips("alex").apply({"params": params}, decoded, images)
+    assert line["perceptual"] == pytest.approx(float(distance.mean()), rel=1e-4)
+    backbone.unlink()
+    with pytest.raises(FileNotFoundError, match="alexnet"):
+        runs.train_tokenizer(config, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
