@@ -6,6 +6,10 @@ Examples:
         --image_bases=64 --square_only --tokenizer=runs/tok --out=shapes.rec
     python launch/train.py --config=configs/records.py:photos.rec --tokenizer=runs/tok --workdir=run
 
+An image that cannot be decoded stops the program, which names it. A folder without that file is
+another source: go on with a new --out, as the shards that are there belong to the old one. So
+look through a large folder for damaged files first.
+
 Started again, it goes on where it was killed, and the result is the same, bit for bit. Several
 processes share the work if each is given the same flags and its own number: under SLURM
 --process_index=$SLURM_PROCID --process_count=$SLURM_NTASKS, with a common --out. Each uses all
@@ -20,16 +24,22 @@ from absl import flags
 
 from nextstep_jax import runs
 from nextstep_jax.data.records import LATENT_DTYPES
+from nextstep_jax.data.sources import DocumentSource
 from nextstep_jax.interop.pretrained import open_image_tokenizer
 from nextstep_jax.models.vae import VAE
 from nextstep_jax.training.encoding import EncodingConfig, encode_source
-from nextstep_jax.training.experiment import source_from_text
+from nextstep_jax.training.experiment import SOURCE_TYPES, source_from_text, source_values
 from nextstep_jax.training.logs import run_program
 
 _SOURCE = flags.DEFINE_string(
-    "source", None, "shapes:LEVEL, folder:PATH, photographs, records:DIR."
+    "source",
+    None,
+    "shapes:LEVEL, photographs, folder:PATH (with captions), images:PATH (without: documents are"
+    " images alone) or records:PATH (with pixels).",
 )
-_SPLIT = flags.DEFINE_string("split", "train", "Split of a source that has several.")
+_SPLIT = flags.DEFINE_enum(
+    "split", "train", ["train", "heldout"], "Of shapes and photographs; the others have none."
+)
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "Image tokenizer: its workdir, a model directory, or a published folder."
 )
@@ -51,6 +61,8 @@ _THREADS = flags.DEFINE_integer("num_threads", 4, "Threads that read, decode and
 _INDEX = flags.DEFINE_integer("process_index", 0, "Which of the processes this is, from 0.")
 _COUNT = flags.DEFINE_integer("process_count", 1, "Processes that share the work.")
 
+_SOURCES_WITH_SPLITS = ("shapes", "photographs")
+
 # In the checkout, shared with the other programs.
 _CACHE = pathlib.Path(__file__).resolve().parent.parent / ".cache" / "jax"
 
@@ -64,6 +76,20 @@ def read_bases(texts: list[str]) -> tuple[int, ...]:
     if not texts or not all(text.strip().isdigit() for text in texts):
         raise ValueError(f"--image_bases={','.join(texts)} must be numbers such as 256,512")
     return tuple(int(text) for text in texts)
+
+
+def read_source(text: str, image_size: int, split: str) -> DocumentSource:
+    """The source of --source and --split.
+
+    Raises:
+        ValueError: The source has no splits and another than "train" is asked for; or see
+            `source_from_text`.
+    """
+    kind = source_values(text)["type"]
+    if split != "train" and kind in SOURCE_TYPES and kind not in _SOURCES_WITH_SPLITS:
+        known = " and ".join(_SOURCES_WITH_SPLITS)
+        raise ValueError(f"--split={split}: only {known} have splits, not --source={text}")
+    return source_from_text(text, image_size, split)
 
 
 def main(argv: list[str]) -> None:
@@ -81,7 +107,7 @@ def main(argv: list[str]) -> None:
         window=_WINDOW.value,
         num_threads=_THREADS.value,
     )
-    source = source_from_text(_SOURCE.value, max(config.image_bases), _SPLIT.value)
+    source = read_source(_SOURCE.value, max(config.image_bases), _SPLIT.value)
     vae_config, load = open_image_tokenizer(pathlib.Path(_TOKENIZER.value))
     vae, params = VAE(vae_config, dtype=jnp.dtype(_COMPUTE.value)), load()
     report = encode_source(

@@ -27,6 +27,7 @@ import logging
 import pathlib
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -219,10 +220,18 @@ class _Pictures:
 
 
 def out_folder(args: argparse.Namespace, judged: pathlib.Path) -> pathlib.Path:
-    """The folder of the results, made if it is not there."""
+    """The folder of the results, made if it is not there; files can be written to it.
+
+    Raises:
+        FileNotFoundError: What is judged is not there, so that nothing can be made in it.
+        OSError: The folder is a file, or not ours to write to.
+    """
+    if not judged.is_dir():
+        raise FileNotFoundError(f"{judged} is not a folder")
     out = pathlib.Path(args.out) if args.out else judged / "evaluation"
     out.mkdir(parents=True, exist_ok=True)
-    return out
+    with tempfile.TemporaryFile(dir=out):
+        return out
 
 
 def write_report(
@@ -236,7 +245,8 @@ def write_report(
         "environment": timing.environment(),
         "results": results,
     }
-    text = json.dumps(report, indent=2) + "\n"
+    # NaN and infinity are no JSON.
+    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     (out / f"{args.task}.json").write_text(text, encoding="utf-8")
     print(f"written to {out}")
 
@@ -260,8 +270,8 @@ def tokenizer(args: argparse.Namespace) -> None:
     sources = experiment.build_sources({"sources": sections}, size, held_out=True)
     networks = read_networks(args)
     vae_config, load = open_image_tokenizer(directory)
-    vae, params = VAE(vae_config, dtype=_DTYPES[args.dtype]), load()
     out, results = out_folder(args, directory), {}
+    vae, params = VAE(vae_config, dtype=_DTYPES[args.dtype]), load()
     for name, (source, _) in sources.items():
         results[name] = _judge(args, vae, params, source, name, size, levels, networks, out)
         plot_latent_statistics(results[name]["latents"], out / f"latents-{name}.png")
@@ -306,6 +316,8 @@ def drift(args: argparse.Namespace) -> None:
     config = read_json(path) if path.is_file() else {}
     level = config.get("score", {}).get("level")
     prompts, text = read_prompts(args, level), data_source(args, level)
+    # Before hours of sampling, not after them.
+    out = out_folder(args, directory)
     mesh = data_parallel_mesh() if jax.device_count() > 1 else None
     pipe = NextStepPipeline.from_pretrained(directory, dtype=_DTYPES[args.dtype], mesh=mesh)
     source = experiment.source_from_text(text, max(pipe.image_size), "heldout")
@@ -318,7 +330,6 @@ def drift(args: argparse.Namespace) -> None:
         tokens = token_drift.image_tokens(pipe, source, args.num_images, args.batch_size)
         settings["callback"] = _progress(bar, len(scales))
         results = token_drift.measure_drift(pipe, prompts, tokens, scales, **settings)
-    out = out_folder(args, directory)
     token_drift.plot_drift({directory.name: results}, out / "drift.png")
     print(f"{len(prompts)} images at each scale, against {len(tokens)} from {text}")
     print(token_drift.table(results) + "\n")
@@ -388,6 +399,8 @@ def main(args: argparse.Namespace) -> None:
     set_up_logging()
     runs.use_compilation_cache(_CACHE)
     try:
+        if not 0 <= args.seed < 2**32:
+            raise ValueError(f"seed={args.seed} must lie in [0, {2**32})")
         TASKS[args.task](args)
     except (ValueError, OSError) as error:
         logging.debug("where it was raised", exc_info=True)

@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 
 from nextstep_jax import runs
+from nextstep_jax.models.config import VAEConfig
 from nextstep_jax.sampling.pipeline import NextStepPipeline
 from nextstep_jax.training import experiment
 from nextstep_jax.training.metrics import read_metrics
+from nextstep_jax.training.tokenizer import TokenizerConfig
 
 skimage_data = pytest.importorskip("skimage.data")
 
@@ -90,7 +92,8 @@ def test_pipeline_samples_from_the_workdir(workdirs):
 
 
 @pytest.mark.parametrize(
-    ("name", "argument"), [("shapes", "easy"), ("shapes", "full"), ("folder", "x")]
+    ("name", "argument"),
+    [("shapes", "easy"), ("shapes", "full"), ("folder", "x"), ("records", "x")],
 )
 def test_model_configs_have_no_unknown_keys(name, argument):
     config = experiment.plain(load_config(name, argument))
@@ -98,6 +101,50 @@ def test_model_configs_have_no_unknown_keys(name, argument):
     loop = experiment.build_loop(config)
     assert loop.optimizer.num_steps == loop.num_steps
     assert model.token_dim == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("shapes_tokenizer", "full"),
+        ("folder_tokenizer", "x"),
+        ("tokenizer_tiny", None),
+        ("tokenizer_study", "plain-0.1"),
+        ("tokenizer_f8c16", "images:x"),
+    ],
+)
+def test_tokenizer_configs_have_no_unknown_keys(name, argument):
+    module = importlib.import_module(f"configs.{name}")
+    config = module.get_config() if argument is None else module.get_config(argument)
+    config = experiment.plain(config)
+    experiment.check_sections(config, experiment.TOKENIZER_SECTIONS)
+    vae = experiment.build(VAEConfig, config["vae"], "vae")
+    if config["tokenizer"]["perceptual"] == "vgg":
+        with pytest.raises(ValueError, match="needs perceptual_backbone"):
+            experiment.build(TokenizerConfig, config["tokenizer"], "tokenizer")
+        config["tokenizer"]["perceptual_backbone"] = "vgg16.pth"
+    train = experiment.build(TokenizerConfig, config["tokenizer"], "tokenizer")
+    assert train.image_size % (2 * vae.downsampling) == 0
+    loop = experiment.build_loop(config)
+    assert loop.optimizer.num_steps == loop.num_steps
+
+
+def test_the_published_recipe():
+    """Paper, section on the image tokenizer: every value that is published."""
+    config = experiment.plain(load_config("tokenizer_f8c16", "images:x"))
+    optimizer = experiment.build_loop(config).optimizer
+    assert (optimizer.name, optimizer.learning_rate) == ("adamw", 1e-5)
+    assert (optimizer.schedule, optimizer.warmup_steps) == ("constant", 1000)
+    assert (optimizer.beta1, optimizer.beta2, optimizer.eps) == (0.9, 0.95, 1e-8)
+    assert config["loop"]["num_steps"] == 50_000
+    train = config["tokenizer"]
+    assert (train["batch_size"], train["noise_gamma"], train["kl_weight"]) == (512, 0.5, 0.0)
+    assert train["perceptual"] == "vgg"
+    assert train["random_crop"] and train["random_flip"]
+    vae = VAEConfig(**{**config["vae"], "channel_multipliers": (1, 2, 4, 4)})
+    assert (vae.channels, vae.latent_channels, vae.downsampling) == (128, 16, 8)
+    assert (vae.norm_patch_size, vae.norm_over, vae.deterministic) == (2, "token", True)
+    assert config["vae"]["channel_multipliers"] == [1, 2, 4, 4]
 
 
 def test_unknown_key_is_an_error_that_lists_the_known(photos):

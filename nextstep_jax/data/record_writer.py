@@ -12,7 +12,7 @@ import io
 import json
 import os
 import pathlib
-import threading
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -214,14 +214,38 @@ def _sum_counts(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
 
 def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
     """Writes a file that is either whole or not there, also after a power cut."""
-    # Two processes may write the same file; neither may rename the other's half.
-    fresh = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    _write_fresh(path, values).rename(path)
+    _sync_folder(path.parent)
+
+
+def create_json(path: pathlib.Path, values: Mapping[str, Any]) -> bool:
+    """As `write_json`, but a file that is there stays: of several processes one creates it.
+
+    Returns:
+        Whether it was this call that did.
+    """
+    fresh = _write_fresh(path, values)
+    try:
+        # A hard link is made at once and, unlike a rename, replaces nothing.
+        os.link(fresh, path)
+    except FileExistsError:
+        return False
+    finally:
+        fresh.unlink()
+    _sync_folder(path.parent)
+    return True
+
+
+def _write_fresh(path: pathlib.Path, values: Mapping[str, Any]) -> pathlib.Path:
+    """Writes a whole file beside `path`, on the disk and under a name that is nobody else's."""
+    # Two processes, of two machines even, may write the same file; neither may rename the other's
+    # half.
+    fresh = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     with fresh.open("w", encoding="utf-8") as file:
         file.write(json.dumps(values, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    fresh.rename(path)
-    _sync_folder(path.parent)
+    return fresh
 
 
 def _sync_folder(path: pathlib.Path) -> None:

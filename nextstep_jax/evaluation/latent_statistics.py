@@ -6,7 +6,7 @@ numbers: mean, variance and excess kurtosis by channel, by token and by position
 of dispersion. Everything is gathered as central moments in float64, in any number of pieces.
 
 Words for axes: latents are (batch, rows, columns, latent); a token is a patch of p x p latent
-pixels, of latent * p^2 values (`models.vae.space_to_depth`). All moments are of the population
+pixels, of latent * p^2 values (`models.latents.space_to_depth`). All moments are of the population
 (divided by n, as in scipy.stats by default).
 """
 
@@ -182,7 +182,7 @@ class LatentStatistics:
 
 
 def _tokens(latents, patch_size):
-    """`models.vae.space_to_depth` on the host; the order inside a token does not matter here."""
+    """`models.latents.space_to_depth`, on the host; the order inside a token does not matter."""
     batch, rows, columns, width = latents.shape
     if rows % patch_size or columns % patch_size:
         raise ValueError(

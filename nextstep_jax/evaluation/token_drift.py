@@ -59,7 +59,12 @@ def drift(statistics: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, f
         "variance_ratio": mean variance of the samples' tokens over the data's; "last_over_first":
         the variance of the last token over that of the first, divided by the same of the data, so
         that 1 is no drift along the sequence; "rms_mean": as in `token_statistics`.
+
+    Raises:
+        ValueError: A variance is 0 that others are divided by.
     """
+    if 0 in (statistics["variance"][0], data["variance"][0], data["variance"][-1]):
+        raise ValueError("the first or last tokens are constant: there is no ratio of variances")
 
     def slope(values):
         return values["variance"][-1] / values["variance"][0]
@@ -90,14 +95,25 @@ def measure_drift(
     Returns:
         Plain values: "data", the data's `token_statistics`; "guidance", scale -> those of the
         samples with their `drift`.
+
+    Raises:
+        ValueError: See `token_statistics`, which says whose tokens they are, and `drift`.
     """
-    data = token_statistics(data_tokens)
+    data = _statistics_of("the data", data_tokens)
     seeds, result = list(range(len(prompts))), {}
     for scale in scales:
         output = pipe(list(prompts), seed=seeds, guidance_scale=scale, **settings)
-        statistics = token_statistics(output.tokens)
+        statistics = _statistics_of(f"guidance {scale:g}", output.tokens)
         result[f"{scale:g}"] = {**statistics, **drift(statistics, data)}
     return {"data": data, "guidance": result, "num_images": len(prompts)}
+
+
+def _statistics_of(name: str, tokens: np.ndarray) -> dict[str, Any]:
+    """`token_statistics`, the error with a name."""
+    try:
+        return token_statistics(tokens)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def image_tokens(
@@ -115,8 +131,8 @@ def image_tokens(
         batch_size: Images encoded together.
 
     Raises:
-        ValueError: There is no image, the pipeline's images are not square, or latents are not of
-            the grid and the width of its tokens.
+        ValueError: There is no image, the pipeline's images are not square, latents are not of
+            the grid and the width of its tokens, or the encoder's are not finite.
     """
     count = min(num_images, len(source))
     if count < 1 or batch_size < 1:
@@ -136,7 +152,10 @@ def image_tokens(
         # Whole batches, so that one program serves all.
         filled = np.concatenate([pixels, pixels[-1:].repeat(batch_size - len(pixels), axis=0)])
         encoded = _encode(pipe.vae, pipe.vae_params, filled, config.patch_size)
-        tokens += list(np.asarray(encoded)[: len(pixels)])
+        found = np.asarray(encoded)[: len(pixels)]
+        if not np.isfinite(found).all():
+            raise ValueError("encoder: the latents of the image tokenizer are not finite")
+        tokens += list(found)
     return np.stack(tokens)
 
 

@@ -12,6 +12,7 @@ Words for axes: rows of a batch, some of them padding; latents are (rows, height
 
 import collections
 import concurrent.futures
+import logging
 import math
 import os
 import time
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -31,6 +33,7 @@ from nextstep_jax.evaluation.image_metrics import FeatureStatistics
 from nextstep_jax.evaluation.latent_statistics import LatentStatistics
 from nextstep_jax.evaluation.scoring import make_report
 from nextstep_jax.evaluation.shapes_checker import check_claim
+from nextstep_jax.models.perceptual import LPIPS_MIN_SIDES, Lpips
 from nextstep_jax.models.vae import VAE, from_uint8, to_uint8
 from nextstep_jax.parallel.mesh import make_mesh
 from nextstep_jax.parallel.sharding import BATCH_AXES, batch_sharding, replicated
@@ -39,6 +42,12 @@ from nextstep_jax.training.tokenizer import first_image
 
 # Standard deviations; 0.2 and 0.5 are those of the paper's figure 6, the others ours.
 NOISE_LEVELS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
+
+# rFID is warned of below so many images; ours: twice what Inception's 2048 features need at least.
+_ENOUGH_FOR_RFID = 5000
+
+# The seed is a uint32 on the devices.
+_NUM_SEEDS = 2**32
 
 # Threads that read and decode images, and batches they are ahead.
 _NUM_THREADS = 4
@@ -95,10 +104,21 @@ def evaluate_tokenizer(
         (`scoring.Report.as_dict`).
 
     Raises:
-        ValueError: An argument is out of range, or a document has no image.
+        ValueError: An argument is out of range, a document has no image, or the encoder or the
+            decoder gives values that are not finite.
     """
     count = len(source) if num_images is None else min(num_images, len(source))
     _check(vae, image_size, batch_size, count, noise_levels, patch_size, inception)
+    _check_lpips(lpips, image_size)
+    if not 0 <= seed < _NUM_SEEDS:
+        raise ValueError(f"seed={seed} must lie in [0, {_NUM_SEEDS})")
+    if inception is not None and count < _ENOUGH_FOR_RFID:
+        logging.warning(
+            "rFID of %d images is strongly biased upwards: compare it only with that of as many"
+            " images. The covariance of Inception's 2048 features is singular below 2049, and the"
+            " bias fades only with some thousands of images",
+            count,
+        )
     mesh = make_mesh({"data": -1}) if mesh is None else mesh
     programs = _Programs(vae, params, mesh, lpips, inception, seed)
     gathered = _Gathered(noise_levels, patch_size)
@@ -135,6 +155,17 @@ def _check(vae, image_size, batch_size, count, noise_levels, patch_size, incepti
         raise ValueError("the evaluation runs on one process, over all of its devices")
 
 
+def _check_lpips(lpips, image_size):
+    """Refuses images that are too small for LPIPS; other networks have no such limit here."""
+    if lpips is None or not isinstance(lpips[0], Lpips):
+        return
+    least = LPIPS_MIN_SIDES[lpips[0].network]
+    if image_size < least:
+        raise ValueError(
+            f"image_size={image_size} must be at least {least} for LPIPS over {lpips[0].network}"
+        )
+
+
 # What runs on the devices. The programs are of the module, not of a call, and their networks are
 # static arguments that compare by their configs: judging many tokenizers of one shape compiles
 # once.
@@ -164,7 +195,9 @@ def _decode(vae, params, latents, indices, std, seed):
 
     latents = latents + std * jax.vmap(draw)(indices)
     latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-    return to_uint8(vae.apply({"params": params}, latents, method="decode"))
+    images = vae.apply({"params": params}, latents, method="decode")
+    # As pixels, NaN would be black and infinity white.
+    return to_uint8(images), jnp.isfinite(images).all(axis=(1, 2, 3))
 
 
 @_program
@@ -210,7 +243,7 @@ class _Programs:
         return self._time(_encode, *self._vae, rows)
 
     def decode(self, latents, indices, std):
-        """Pixels of disturbed latents, and the seconds."""
+        """Pixels of disturbed latents and whether they came from finite values; the seconds."""
         return self._time(_decode, *self._vae, latents, indices, np.float32(std), self._seed)
 
     def compare(self, rows, others):
@@ -300,14 +333,18 @@ class _Gathered:
         latents, seconds = programs.encode(rows)
         self._seconds += seconds
         self._encoded += count
-        self._latents.update(np.asarray(latents)[:count])
+        on_host = np.asarray(latents)[:count]
+        _refuse_rows(np.isfinite(on_host).all(axis=(1, 2, 3)), numbers, "encoder: the latents")
+        self._latents.update(on_host)
         self._latent_shape = latents.shape[1:]
         self._originals.add_scenes(pixels, claims)
         self._originals.add_features(programs, rows, count)
         baseline = image_metrics.bicubic_baseline(pixels, math.prod(self._latent_shape))
         self._bicubic.add_distances(programs, rows, programs.place(baseline, batch_size), count)
         for std, level in self._levels.items():
-            decoded, seconds = programs.decode(latents, indices, std)
+            (decoded, finite), seconds = programs.decode(latents, indices, std)
+            fault = f"decoder: with noise_std={std:g} the pixels"
+            _refuse_rows(np.asarray(finite)[:count], numbers, fault)
             level.seconds += seconds
             level.add_distances(programs, rows, decoded, count)
             level.add_features(programs, decoded, count)
@@ -336,6 +373,13 @@ class _Gathered:
         if self._originals.flags:
             results["originals"] = {"scenes": self._originals.scenes()}
         return results
+
+
+def _refuse_rows(finite, numbers, fault):
+    """Raises if a row is not finite; `fault` says of what."""
+    if not finite.all():
+        number = int(numbers[np.argmin(finite)])
+        raise ValueError(f"{fault} of image {number} are not finite")
 
 
 def _batches(

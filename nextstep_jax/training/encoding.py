@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from nextstep_jax.data.layout import LayoutConfig
 from nextstep_jax.data.pipeline import source_fingerprint
-from nextstep_jax.data.record_writer import ShardWriter, shard_name, write_index, write_json
+from nextstep_jax.data.record_writer import ShardWriter, create_json, shard_name, write_index
 from nextstep_jax.data.records import LATENT_DTYPES
 from nextstep_jax.data.sources import DocumentSource
 from nextstep_jax.models.config import VAEConfig, to_dict
@@ -122,13 +122,15 @@ def image_tokenizer_digest(config: VAEConfig, params: Any) -> str:
 
     Tokenizers that differ in their decoders alone, as those do whose encoder was frozen, have
     the same latents and the same digest. Of the configuration those fields count that are not at
-    their defaults, so that a field which a later version adds changes nothing.
+    their defaults, so that a field which a later version adds changes nothing. Parameters count
+    as float32: published bfloat16 ones and their conversion to float32 have the same digest.
     """
     defaults = to_dict(VAEConfig())
     changed = {k: v for k, v in to_dict(config).items() if v != defaults[k]}
     # How a sample is drawn; the mean is taken here.
     changed.pop("deterministic", None)
-    return tree_digest([np.frombuffer(json.dumps(changed).encode(), np.uint8), params["encoder"]])
+    encoder = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params["encoder"])
+    return tree_digest([np.frombuffer(json.dumps(changed).encode(), np.uint8), encoder])
 
 
 def encode_source(
@@ -161,8 +163,8 @@ def encode_source(
 
     Raises:
         ValueError: Settings that do not fit, or differ from those that `out` was begun with (all
-            are listed); a document whose images cannot be read (named); or latents that are not
-            finite.
+            are listed); a document whose images cannot be read (named; a source without it is
+            another one and needs another `out`); or latents that are not finite.
     """
     out = pathlib.Path(out)
     if not 0 <= process_index < process_count:
@@ -257,14 +259,16 @@ def _claim(out: pathlib.Path, settings: dict[str, Any]) -> None:
         ValueError: The folder holds something else, or was begun with other settings.
     """
     path = out / SETTINGS
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out={out} is not a folder")
     if not path.is_file():
         found = [p.name for p in out.iterdir() if p.suffix != ".tmp"] if out.is_dir() else []
         # Another process may have begun the folder in between.
         if found and not path.is_file():
             raise ValueError(f"{out} holds other things ({found[0]}, ...) and no {SETTINGS}")
         out.mkdir(parents=True, exist_ok=True)
-        if not path.is_file():
-            write_json(path, settings)
+        # Of processes that are started at once, one creates the file; all compare with it.
+        create_json(path, settings)
     try:
         saved = dict(json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:

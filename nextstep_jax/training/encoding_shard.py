@@ -98,12 +98,15 @@ def prepare(source: DocumentSource, layout: LayoutConfig, index: int) -> Entry:
         ValueError: An image cannot be used; names the document.
     """
     document = source[index]
+    name = f"document {document.source}/{document.id}"
+    if any(image.latents is not None for image in document.images):
+        raise ValueError(f"{name}: it has latents already")
     try:
-        if any(image.latents is not None for image in document.images):
-            raise ValueError("it has latents already")
         fitted = [fit_image(image, layout) for image in document.images]
     except ValueError as error:
-        raise ValueError(f"document {document.source}/{document.id}: {error}") from error
+        # Said here, as people would delete the file and start again.
+        hint = "a source without this document is another one, to be encoded into a new folder"
+        raise ValueError(f"{name}: {error}; {hint}") from error
     return Entry(document, [pixels for pixels, _ in fitted], [grid for _, grid in fitted])
 
 

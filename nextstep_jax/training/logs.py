@@ -30,7 +30,8 @@ def run_program(main: Callable[[list[str]], None]) -> None:
         set_up_logging()
         try:
             main(argv)
-        except (ValueError, FileNotFoundError, NonFiniteError) as error:
+        # OSError: what is not there, not a folder, not permitted, or a full disk.
+        except (ValueError, OSError, NonFiniteError) as error:
             logging.debug("where it was raised", exc_info=True)
             sys.exit(f"error: {error}")
 

@@ -16,7 +16,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from nextstep_jax.data import record_writer, records
 from nextstep_jax.data.pipeline import source_fingerprint
-from nextstep_jax.data.record_writer import ShardWriter, shard_name, write_index
+from nextstep_jax.data.record_writer import ShardWriter, create_json, shard_name, write_index
 from nextstep_jax.data.records import (
     RecordSource,
     check_records,
@@ -216,6 +216,14 @@ def test_the_same_documents_give_the_same_bytes_and_fingerprint(tmp_path):
     assert a != c  # other pixels
     write(tmp_path / "d", some, num_shards=3)
     assert RecordSource(tmp_path / "d").fingerprint != a  # another order
+
+
+def test_a_file_is_created_once(tmp_path):
+    path = tmp_path / "x.json"
+    assert create_json(path, {"a": 1})
+    assert not create_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
 def test_read_by_threads_and_after_pickling(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from nextstep_jax.evaluation.latent_statistics import (
     moments_of,
     plot_latent_statistics,
 )
-from nextstep_jax.models.vae import space_to_depth
+from nextstep_jax.models.latents import space_to_depth
 
 
 def draw(num_images, rows=4, columns=6, width=5, seed=0):

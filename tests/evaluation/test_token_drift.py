@@ -3,6 +3,7 @@
 import functools
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,6 +32,32 @@ def test_bad_tokens_are_refused():
         token_drift.token_statistics(np.zeros((2, 3, 1)))
     with pytest.raises(ValueError, match="NaN"):
         token_drift.token_statistics(np.full((2, 3, 4), np.nan))
+    good = np.random.default_rng([4]).normal(size=(2, 3, 4))
+    sampled = types.SimpleNamespace(tokens=np.full((2, 3, 4), np.inf))
+    with pytest.raises(ValueError, match=r"guidance 1\.5: the tokens hold NaN or infinite values"):
+        token_drift.measure_drift(lambda *_, **__: sampled, ["a", "b"], good)
+    with pytest.raises(ValueError, match="the data: the tokens hold NaN"):
+        token_drift.measure_drift(lambda *_, **__: sampled, ["a", "b"], sampled.tokens)
+    constant = token_drift.token_statistics(np.ones((2, 3, 4)))
+    for pair in ((constant, token_drift.token_statistics(good)), (constant, constant)):
+        with pytest.raises(ValueError, match="first or last tokens are constant"):
+            token_drift.drift(*pair)
+
+
+def test_an_encoder_that_gives_nan_is_named():
+    pipe = tiny_model.pipeline(image_size=(16, 16))
+    pipe.vae_params = with_nan(pipe.vae_params, "encoder")
+    with pytest.raises(
+        ValueError, match=r"^encoder: the latents of the image tokenizer are not fi"
+    ):
+        token_drift.image_tokens(
+            pipe, documents([Image(pixels=np.zeros((16, 16, 3), np.uint8))]), 1
+        )
+
+
+def with_nan(params, part):
+    out = jax.tree.map(lambda x: x * jnp.nan, params[part]["conv_out"])
+    return {**params, part: {**params[part], "conv_out": out}}
 
 
 def documents(images):

@@ -13,6 +13,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from nextstep_jax.data.schema import Document, Image, Text
 from nextstep_jax.data.shapes import ShapesSource
+from nextstep_jax.evaluation import tokenizer_quality
 from nextstep_jax.evaluation.image_metrics import (
     FeatureStatistics,
     bicubic_baseline,
@@ -21,6 +22,7 @@ from nextstep_jax.evaluation.image_metrics import (
 from nextstep_jax.evaluation.scoring import score
 from nextstep_jax.evaluation.tokenizer_quality import evaluate_tokenizer, plot_robustness, table
 from nextstep_jax.models.config import VAEConfig
+from nextstep_jax.models.perceptual import Lpips
 from nextstep_jax.models.vae import VAE, from_uint8
 from nextstep_jax.parallel.mesh import make_mesh
 from tests import tiny_model
@@ -278,11 +280,45 @@ def test_a_document_without_an_image_is_named():
         ({"noise_levels": [0.1, -0.1]}, "noise_levels"),
         ({"noise_levels": [0.1, 0.1]}, "noise_levels"),
         ({"noise_levels": [float("nan")]}, "noise_levels"),
+        ({"seed": -1}, r"seed=-1 must lie in \[0, 4294967296\)"),
+        ({"seed": 2**32}, "seed=4294967296 must lie in"),
+        ({"image_size": 28, "lpips": (Lpips("alex"), {})}, "at least 31 for LPIPS over alex"),
+        ({"image_size": 12, "lpips": (Lpips("vgg"), {})}, "at least 16 for LPIPS over vgg"),
     ],
 )
-def test_bad_arguments_are_refused(settings, message):
+def test_bad_arguments_are_refused(settings, message, monkeypatch):
+    # Before any device work.
+    monkeypatch.setattr(tokenizer_quality, "_Programs", None)
     with pytest.raises(ValueError, match=message):
         evaluate(**settings)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_tokenizer_that_gives_nan_is_refused(part):
+    """As pixels, NaN would be black."""
+    broken = jax.tree.map(lambda x: x * jnp.nan, params()[part]["conv_out"])
+    weights = {**params(), part: {**params()[part], "conv_out": broken}}
+    settings = dict(image_size=SIZE, batch_size=8, num_images=3, noise_levels=LEVELS)
+    with pytest.raises(ValueError, match=f"^{part}: .* of image 0 are not finite"):
+        evaluate_tokenizer(VAE(CONFIG), weights, SOURCE, **settings)
+
+
+def test_an_image_that_is_not_finite_is_named():
+    numbers = np.array([8, 9, 10])
+    tokenizer_quality._refuse_rows(np.array([True] * 3), numbers, "x")
+    with pytest.raises(ValueError, match=r"^x of image 9 are not finite"):
+        tokenizer_quality._refuse_rows(np.array([True, False, False]), numbers, "x")
+
+
+@pytest.mark.parametrize(("num_images", "inception"), [(4999, True), (5000, True), (10, False)])
+def test_rfid_of_few_images_is_warned_of(num_images, inception, monkeypatch, caplog):
+    monkeypatch.setattr(tokenizer_quality, "_Programs", None)
+    source = dataclasses.replace(SOURCE, num_documents=6000)
+    with pytest.raises(TypeError, match="NoneType"):
+        evaluate(source, num_images=num_images, inception=INCEPTION if inception else None)
+    text = "rFID of 4999 images is strongly biased upwards"
+    assert (text in caplog.text) == (num_images == 4999)
+    assert len(caplog.records) == (num_images == 4999)
 
 
 RESULTS = {

@@ -10,10 +10,10 @@ import time
 import numpy as np
 import pytest
 
-from launch.encode_latents import open_tokenizer
 from nextstep_jax.data.records import RecordSource
 from nextstep_jax.data.shapes import ShapesSource
 from nextstep_jax.interop.model_directory import write_vae_directory
+from nextstep_jax.interop.pretrained import open_image_tokenizer
 from nextstep_jax.models.config import VAEConfig
 from nextstep_jax.models.vae import VAE
 from nextstep_jax.training.encoding import image_tokenizer_digest
@@ -94,8 +94,8 @@ def test_records_of_the_built_in_world(unbroken, tokenizer):
     ]
     assert source[299].metadata == expected[299].metadata
     assert source[299].images[0].latents.shape == (64, 64)
-    vae, params = open_tokenizer(str(tokenizer), "float32")
-    digest = image_tokenizer_digest(vae.config, params)
+    config, load = open_image_tokenizer(tokenizer)
+    digest = image_tokenizer_digest(config, load())
     assert source.index["made_by"]["image_tokenizer"] == digest
 
 
@@ -149,6 +149,30 @@ def test_a_refusal_is_one_line(start, unbroken, flag, message):
     assert files(unbroken[0]) == before
 
 
-def test_no_tokenizer_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no image tokenizer"):
-        open_tokenizer(str(tmp_path), "float32")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tokenizer={tmp}"], "error: {tmp} holds no image tokenizer"),
+        (["--out={tmp}/file", "--num_documents=12"], "error: out={tmp}/file is not a folder"),
+        (
+            ["--source=images:{tmp}", "--split=heldout"],
+            "error: --split=heldout: only shapes and photographs have splits, not "
+            "--source=images:{tmp}",
+        ),
+    ],
+)
+def test_a_refusal_makes_nothing(start, tmp_path, flags, message):
+    (tmp_path / "file").write_text("mine")
+    flags = [flag.format(tmp=tmp_path) for flag in flags]
+    line = finish(start(tmp_path / "out", *flags), code=1).splitlines()[-1]
+    assert line.startswith(message.format(tmp=tmp_path))
+    assert files(tmp_path) == {"file": b"mine"}
+
+
+def test_help_says_what_sources_there_are_and_what_damaged_files_do():
+    command = [sys.executable, PROGRAM, "--help"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    text = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True).stdout
+    words = " ".join(text.split())
+    assert "images:PATH (without: documents are images alone)" in words
+    assert "A folder without that file is another source: go on with a new --out" in words

@@ -94,6 +94,13 @@ def test_a_workdir_is_judged_on_its_own_held_out_images(workdir, capsys):
     assert printed[-1] == f"written to {workdir / 'evaluation'}"
 
 
+def test_a_report_holds_numbers_alone(tmp_path):
+    args = evaluate.parse_flags([PROGRAM, "--task=tokenizer"])
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        evaluate.write_report(args, tmp_path, {"psnr": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_of_images_and_a_published_tokenizer(tmp_path):
     """Exported, the tokenizer is the same; images come from where the flag says."""
     # The published format knows no other number of groups.
@@ -211,6 +218,8 @@ def test_networks_come_from_the_files_of_the_flags(workdir, tmp_path, monkeypatc
         (["--inception=gone.pth"], "inception: gone.pth is not there; usually .*pytorch-fid"),
         (["--lpips_backbone=gone.pth"], "gone.pth is not there; usually from torchvision"),
         (["--lpips_weights=vgg.pth"], "lpips_weights needs lpips_backbone"),
+        (["--seed=-1"], "seed=-1 must lie in"),
+        (["--seed=4294967296"], "seed=4294967296 must lie in"),
     ],
 )
 def test_bad_input_ends_with_one_line(workdir, flags, message):
@@ -319,11 +328,29 @@ def test_drift_of_given_prompts_against_records(model, tmp_path, monkeypatch):
         (["--source=shapes:hard"], "hard"),
         (["--checkpoint=nowhere", "--source=photographs"], "prompts: .* give --prompts"),
         (["--checkpoint=nowhere", f"--prompts={__file__}"], "source: .* give --source"),
+        (
+            ["--checkpoint=nowhere", f"--prompts={__file__}", "--source=photographs"],
+            "nowhere is not a folder",
+        ),
+        (["--seed=-1"], "seed=-1 must lie in"),
     ],
 )
 def test_bad_input_of_drift_ends_with_one_line(model, flags, message):
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         run_drift(model, *flags)
+
+
+def test_drift_tries_its_folder_before_it_reads_the_model(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "NextStepPipeline", None)
+    with pytest.raises(SystemExit, match=r"^error: .*File exists"):
+        run_drift(model, f"--out={__file__}")
+
+    def is_full(dir):
+        raise OSError(f"{dir}: no space left")
+
+    monkeypatch.setattr(evaluate.tempfile, "TemporaryFile", is_full)
+    with pytest.raises(SystemExit, match=r"^error: .*out: no space left"):
+        run_drift(model, f"--out={tmp_path / 'out'}")
 
 
 def test_a_new_task_is_one_row(monkeypatch):

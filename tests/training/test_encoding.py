@@ -1,6 +1,8 @@
 import dataclasses
 import functools
 import io
+import json
+import os
 import types
 
 import jax
@@ -274,9 +276,26 @@ def test_other_settings_are_refused_with_a_list(encode, unbroken, small, tmp_pat
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=f"holds other things .notes.txt, .* and no {SETTINGS}"):
         encode(tmp_path)
+    with pytest.raises(ValueError, match=r"out=.*notes.txt is not a folder"):
+        encode(tmp_path / "notes.txt")
     (tmp_path / SETTINGS).write_text("[1]")
     with pytest.raises(ValueError, match="does not hold settings"):
         encode(tmp_path)
+
+
+def test_of_processes_with_other_settings_one_begins_the_folder(encode, tmp_path, monkeypatch):
+    """The other's settings appear while ours are written: they stay and ours are refused."""
+    out, sync = tmp_path / "out", os.fsync
+
+    def overtaken(handle):
+        if not (out / SETTINGS).exists():
+            (out / SETTINGS).write_text(json.dumps({"batch_size": 8}))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", overtaken)
+    with pytest.raises(ValueError, match="begun with other settings: batch_size: 8 there, 4 now"):
+        encode(out)
+    assert files(out) == {SETTINGS: b'{"batch_size": 8}'}
 
 
 @pytest.mark.parametrize(
@@ -299,10 +318,11 @@ def test_bad_settings_leave_no_trace(encode, tmp_path, changes, message):
 
 
 def test_bad_documents_are_named(encode, small, tmp_path):
-    with pytest.raises(ValueError, match="document mixed/d/0: cannot decode the image"):
+    message = "document mixed/d/0: cannot decode the image.*; a source without this document is an"
+    with pytest.raises(ValueError, match=message):
         encode(tmp_path / "a", Poisoned())
     encode(tmp_path / "b", num_documents=3, num_shards=1)
-    with pytest.raises(ValueError, match="document mixed/d/0: it has latents already"):
+    with pytest.raises(ValueError, match=r"document mixed/d/0: it has latents already$"):
         encode(tmp_path / "c", RecordSource(tmp_path / "b"), num_shards=1)
     kernel = small.params["encoder"]["conv_out"]
     broken = {**small.params["encoder"], "conv_out": jax.tree.map(lambda x: x * jnp.nan, kernel)}
@@ -325,6 +345,15 @@ def test_digest_is_of_what_the_latents_depend_on(vae):
         others.append((dataclasses.replace(config, **change), params))
     digests = {image_tokenizer_digest(*other) for other in others}
     assert len(digests | {digest}) == 5
+
+
+def test_digest_does_not_depend_on_how_the_same_values_are_stored(vae):
+    """Published bfloat16 parameters, and their conversion to float32."""
+    published = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), vae.params)
+    converted = jax.tree.map(lambda x: np.asarray(x).astype(np.float32), published)
+    found = {image_tokenizer_digest(vae.module.config, x) for x in (published, converted)}
+    assert len(found) == 1
+    assert image_tokenizer_digest(vae.module.config, vae.params) not in found
 
 
 # Training on them

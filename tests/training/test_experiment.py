@@ -35,7 +35,9 @@ def test_loop_and_optimizer(make_config):
     loop = experiment.build_loop(config)
     assert loop.mesh == (("fsdp", -1), ("tensor", 2))
     assert (loop.num_steps, loop.checkpoint_every, loop.keep_checkpoints) == (77, 4, 2)
-    assert loop.optimizer == OptimizerConfig(1e-3, warmup_steps=4, ema_decay=0.9, num_steps=77)
+    assert loop.optimizer == OptimizerConfig(
+        learning_rate=1e-3, warmup_steps=4, ema_decay=0.9, num_steps=77
+    )
     config["optimizer"]["num_steps"] = 1000  # the cosine may end elsewhere than the run
     assert experiment.build_loop(config).optimizer.num_steps == 1000
 
