@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from nextstep_jax.evaluation.image_metrics import FeatureStatistics
+from nextstep_jax.models.latents import space_to_depth
 
 # Bins of the histogram: narrow around 0, wide far out, so that it serves latents of any scale
 # without a look at the data first; 0.05 wide at 0, 0.16 at 3, out to +-1490. Ours.
@@ -112,7 +113,7 @@ class LatentStatistics:
         latents = np.asarray(latents, np.float64)
         if not latents.size:
             raise ValueError(f"latents of shape {latents.shape} are empty")
-        tokens = _tokens(latents, self._patch_size)
+        tokens = space_to_depth(latents, self._patch_size)
         num_images, width = len(latents), latents.shape[-1]
         each = moments_of(tokens, axis=2)
         new = {
@@ -179,18 +180,6 @@ class LatentStatistics:
             },
             "histogram": {"edges": _EDGES.tolist(), "counts": self._histogram.tolist()},
         }
-
-
-def _tokens(latents, patch_size):
-    """`models.latents.space_to_depth`, on the host; the order inside a token does not matter."""
-    batch, rows, columns, width = latents.shape
-    if rows % patch_size or columns % patch_size:
-        raise ValueError(
-            f"latents of {rows}x{columns} do not divide into patches of patch_size={patch_size}"
-        )
-    split = (batch, rows // patch_size, patch_size, columns // patch_size, patch_size, width)
-    patches = latents.reshape(split).transpose(0, 1, 3, 2, 4, 5)
-    return patches.reshape(batch, -1, patch_size**2 * width)
 
 
 def _summary(moments: Moments) -> dict[str, Any]:

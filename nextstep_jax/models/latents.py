@@ -11,6 +11,7 @@ inside a patch.
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from nextstep_jax.models.config import VAEConfig
@@ -20,8 +21,8 @@ LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 
 def space_to_depth(
-    latents: Float[Array, "... height width channels"], patch_size: int
-) -> Float[Array, "... tokens token"]:
+    latents: Float[Array | np.ndarray, "... height width channels"], patch_size: int
+) -> Float[Array | np.ndarray, "... tokens token"]:
     """Folds patches into tokens: row-major tokens, (c, p, q) inside a token.
 
     Raises:

@@ -387,7 +387,7 @@ def test_check_records(folder, tmp_path):
         ({"latents": False}, "they hold latents, which data.latents=True takes"),
         ({"token_dim": 64}, "token_dim=8, the model has 64"),
         ({"grids": [(2, 3)]}, r"grids \['4x1'\] are none of the run's \['2x3'\]"),
-        ({"image_tokenizer": "abd"}, "made by image tokenizer abc, the run's is abd"),
+        ({"image_tokenizer": "abe"}, "made by image tokenizer abc, the run's is abe"),
     ):
         with pytest.raises(ValueError, match=f"source 'x': these records do not fit: {message}$"):
             check_records(source, "x", **{**fits, **change})
