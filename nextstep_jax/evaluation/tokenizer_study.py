@@ -22,6 +22,8 @@ SOURCES = {"shapes": "built-in world", "photographs": "photographs"}
 NORMS = {"plain": "without the norm", "norm": "with the norm"}
 # The paper's gamma, at which drift and latents are drawn.
 _SHOWN_GAMMA = 0.5
+# Standard deviations of the latents, which are scaled to about 1.
+_SHOWN_RANGE = 5.0
 _COLUMNS = (
     *("cell", "scale", "world dB", "read %", "at 0.5 dB", "read %", "photo dB", "at 0.5 dB"),
     *("loss", "right %", "g=2 %", "var g=3", "var g=15"),
@@ -146,6 +148,9 @@ def plot_latents(results: Results, path: pathlib.Path) -> None:
             mean, variance = (np.asarray(latents["channels"][k]) for k in ("mean", "variance"))
             places = np.arange(len(mean)) + 0.12 * i
             below.errorbar(places, mean, np.sqrt(variance), fmt="o", markersize=4, color=f"C{i}")
+            below.set_xticks(range(len(mean)))
+        # The histogram's last bins reach far; hardly anything lies there.
+        top.set_xlim(-_SHOWN_RANGE, _SHOWN_RANGE)
         top.set_title(words, fontsize=10)
         top.set_xlabel("value, in units of the model")
         below.set_xlabel("channel of the latent")
