@@ -33,6 +33,7 @@ def study(workdir, *arguments):
     )
 
 
+@pytest.mark.slow  # minutes: every program of a cell is compiled
 def test_a_cell_from_nothing_to_the_report(tmp_path):
     done = study(tmp_path, "--cells=plain-0.5")
     assert done.returncode == 0, done.stderr
