@@ -31,7 +31,7 @@ from nextstep_jax.data.shapes import ShapesSource, heldout_prompts
 from nextstep_jax.evaluation import tokenizer_study as report
 from nextstep_jax.evaluation.hooks import score_alignment
 from nextstep_jax.evaluation.timing import environment
-from nextstep_jax.evaluation.token_drift import measure_drift
+from nextstep_jax.evaluation.token_drift import image_tokens, measure_drift
 from nextstep_jax.evaluation.tokenizer_quality import evaluate_tokenizer
 from nextstep_jax.interop.model_directory import read_vae, write_vae_directory
 from nextstep_jax.models.vae import VAE, from_uint8
@@ -92,7 +92,7 @@ def train_tokenizer(cell: str, folder: pathlib.Path) -> pathlib.Path:
     config, params = read_vae(folder / "tokenizer")
     if config.norm_patch_size is None:
         source = ShapesSource("pair", _LEVEL, "train", image_size=configs.IMAGE_SIZE)
-        latents = encode(VAE(config), params, source, _NUM_CALIBRATION)
+        latents = encode(VAE(config), params, source)
         config = dataclasses.replace(
             config,
             shift_factor=float(latents.mean()),
@@ -102,15 +102,11 @@ def train_tokenizer(cell: str, folder: pathlib.Path) -> pathlib.Path:
     return out
 
 
-def encode(vae: VAE, params: Any, source: Any, num_images: int) -> np.ndarray:
-    """float32 (images, n, token): tokens of the first images of a source."""
-
-    @jax.jit
-    def tokens_of(params, pixels):
-        return vae.apply({"params": params}, from_uint8(pixels), 2, method="encode_tokens")
-
-    pixels = np.stack([first_image(source[i], configs.IMAGE_SIZE) for i in range(num_images)])
-    return np.asarray(tokens_of(params, pixels))
+def encode(vae: VAE, params: Any, source: Any) -> np.ndarray:
+    """float32 (images, rows, columns, latent): latents that scale and shift are measured on."""
+    pixels = [first_image(source[i], configs.IMAGE_SIZE) for i in range(_NUM_CALIBRATION)]
+    latents = jax.jit(lambda p, x: vae.apply({"params": p}, from_uint8(x), method="encode"))
+    return np.asarray(latents(params, np.stack(pixels)))
 
 
 def judge(tokenizer: pathlib.Path) -> dict[str, Any]:
@@ -172,9 +168,8 @@ def generate(folder: pathlib.Path, tokenizer: pathlib.Path) -> dict[str, Any]:
         f"{scale:g}": score_alignment(pipe, claims, guidance_scale=scale)[0].as_dict()
         for scale in _GUIDANCE
     }
-    config, params = read_vae(tokenizer)
     source = ShapesSource("pair", _LEVEL, "heldout", image_size=configs.IMAGE_SIZE)
-    data = encode(VAE(config), params, source, _IMAGES.value)
+    data = image_tokens(pipe, source, _IMAGES.value)
     prompts = [claim["prompt"] for claim in claims[:_NUM_DRIFT]]
     return {
         "loss": held_out_loss(folder, tokenizer),
