@@ -12,6 +12,7 @@ from setuptools import find_packages, setup
 
 _ROOT = pathlib.Path(__file__).parent
 _JAX = ">=0.10,<0.13"
+_PYARROW = "pyarrow>=17,<27"
 
 
 def _version() -> str:
@@ -61,7 +62,9 @@ EXTRAS = {
     "aot": [f"jax[tpu]{_JAX}"],
     # Crops of the photographs that scikit-image ships, for configs/tokenizer_tiny.py.
     "photographs": ["scikit-image>=0.24,<0.27"],
-    "curate": ["ray[data]>=2.40,<3"],
+    # Documents in parquet files.
+    "parquet": [_PYARROW],
+    "curate": ["ray[data]>=2.40,<3", _PYARROW],
     "hub": ["huggingface_hub>=0.30,<3"],
     "quant": ["qwix>=0.1.8,<0.2"],
     # The reference implementation, to compare against on a CPU.
@@ -75,6 +78,8 @@ EXTRAS = {
         "pytest-xdist>=3.6,<4",
         "beartype>=0.22,<0.24",
         "scikit-image>=0.24,<0.27",
+        "ray[data]>=2.40,<3",
+        _PYARROW,
         "ruff>=0.17,<0.18",
         "codespell>=2.4,<3",
     ],

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from nextstep_jax.training.experiment import (
     data_defaults,
     defaults,
+    layout_defaults,
     loop_defaults,
     optimizer_defaults,
 )
@@ -40,11 +41,10 @@ def get_config(folder: str = "photos") -> ConfigDict:
             "data": data_defaults(
                 row_length=4096,
                 rows_per_batch=4,
-                # Every image goes to the nearest of 17 shapes unless square_only says otherwise.
-                square_only=True,
-                max_images_per_row=16,
                 num_threads=2,
             ),
+            # Every image goes to the nearest of 17 shapes unless square_only says otherwise.
+            "layout": layout_defaults(),
             "loss": defaults(LossConfig),
             "optimizer": optimizer_defaults(
                 learning_rate=3e-4,

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from nextstep_jax.training.experiment import (
     data_defaults,
     defaults,
+    layout_defaults,
     loop_defaults,
     optimizer_defaults,
 )
@@ -40,18 +41,9 @@ def get_config(folder: str = "records") -> ConfigDict:
                 "flow_head": {"width": 1024, "num_layers": 6},
             },
             "sources": {"records": {"type": "records", "root": folder, "weight": 1.0}},
-            "data": {
-                **data_defaults(
-                    row_length=4096,
-                    rows_per_batch=16,
-                    latents=True,
-                    square_only=False,
-                    num_threads=2,
-                ),
-                # Of the records: what launch/encode_latents.py was given.
-                "image_bases": (256,),
-            },
-            # Latents take no slots, so that a row may be full of image tokens: gather all.
+            "data": data_defaults(row_length=4096, rows_per_batch=16, latents=True, num_threads=2),
+            # The grids are those of the records: what launch/encode_latents.py was given.
+            "layout": layout_defaults(image_bases=(256,)),
             "loss": defaults(LossConfig),
             "optimizer": optimizer_defaults(
                 learning_rate=3e-4,

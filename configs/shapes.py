@@ -12,6 +12,7 @@ from nextstep_jax.data.shapes import level_and_size
 from nextstep_jax.training.experiment import (
     data_defaults,
     defaults,
+    layout_defaults,
     loop_defaults,
     optimizer_defaults,
 )
@@ -42,13 +43,12 @@ def get_config(argument: str = "easy") -> ConfigDict:
             "data": data_defaults(
                 row_length=row_length,
                 rows_per_batch=2,
-                square_only=True,
-                max_images_per_row=max_images,
+                max_image_tokens=max_images * num_tokens,
                 num_threads=1,
             ),
-            "loss": defaults(
-                LossConfig, image_positions=max_images * num_tokens, text_chunk=row_length
-            ),
+            # The world writes as it shall be asked, so that captions stay as they are.
+            "layout": layout_defaults(square_only=True, capitalize_prob=0.0),
+            "loss": defaults(LossConfig, text_chunk=row_length),
             "optimizer": optimizer_defaults(
                 learning_rate=2e-3, schedule="cosine", warmup_steps=200, ema_decay=0.998
             ),

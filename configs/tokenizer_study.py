@@ -15,6 +15,7 @@ from nextstep_jax.models.config import VAEConfig
 from nextstep_jax.training.experiment import (
     data_defaults,
     defaults,
+    layout_defaults,
     loop_defaults,
     optimizer_defaults,
 )
@@ -91,18 +92,13 @@ def get_model_config(records: str) -> ConfigDict:
                 "size": "tiny",
                 "latent_channels": 4,
                 "downsampling": 4,
-                # Records say nothing of how many image tokens a row holds, so that the head runs on
-                # whole rows: half the published draws make up for it.
                 "flow_head": {"draws_per_token": 2},
             },
             "sources": {"shapes": {"type": "records", "root": records}},
             "data": data_defaults(
-                row_length=_ROW_LENGTH,
-                rows_per_batch=2,
-                square_only=True,
-                latents=True,
-                num_threads=1,
+                row_length=_ROW_LENGTH, rows_per_batch=2, latents=True, num_threads=1
             ),
+            "layout": layout_defaults(square_only=True, capitalize_prob=0.0),
             "loss": defaults(LossConfig, text_chunk=_ROW_LENGTH),
             "optimizer": optimizer_defaults(
                 learning_rate=2e-3, schedule="cosine", warmup_steps=100, ema_decay=0.998

@@ -18,6 +18,7 @@ from flax import linen as nn
 
 from nextstep_jax.data.schema import Text
 from nextstep_jax.data.sources import DocumentSource
+from nextstep_jax.data.tolerance import good_documents
 from nextstep_jax.evaluation.hooks import ReconstructionHook, SampleHook
 from nextstep_jax.interop.model_directory import (
     write_model_directory,
@@ -169,12 +170,13 @@ def seconds_per_step(task: loop.Task, config: loop.LoopConfig, num_steps: int = 
     iterator = iter(task.dataset(jax.process_index(), jax.process_count()))
     with jax.set_mesh(setup.mesh):
         state, seconds = setup.init(), []
-        for _ in range(num_steps):
-            began = time.monotonic()
-            batch = task.prepare(loop.to_device(setup.mesh, next(iterator)))
+    for _ in range(num_steps):
+        began = time.monotonic()
+        batch = task.place(setup.mesh, next(iterator))
+        with jax.set_mesh(setup.mesh):
             state, metrics = setup.step(state, batch)
-            jax.block_until_ready(metrics)
-            seconds.append(time.monotonic() - began)
+        jax.block_until_ready(metrics)
+        seconds.append(time.monotonic() - began)
     iterator.close()
     return float(np.median(seconds[num_steps // 4 :]))
 
@@ -186,7 +188,7 @@ def _on_one_process(hooks: list[loop.Hook]) -> list[loop.Hook]:
 
 def _captions(sources: Mapping[str, tuple[DocumentSource, float]]) -> list[str]:
     """The first captions of the sources, for sample grids of data without held-out prompts."""
-    documents = (source[i] for source, _ in sources.values() for i in range(len(source)))
+    documents = (one for source, _ in sources.values() for one in good_documents(source))
     texts = (part.text for one in documents for part in one.parts if isinstance(part, Text))
     return list(itertools.islice(texts, _NUM_CAPTIONS))
 

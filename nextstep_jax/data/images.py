@@ -6,6 +6,7 @@ a Lanczos resize that covers the bucket, and a centre crop. Arrays are uint8 RGB
 """
 
 import io
+import struct
 
 import numpy as np
 import PIL.Image
@@ -13,13 +14,17 @@ import PIL.ImageOps
 from jaxtyping import UInt8
 
 from nextstep_jax.data import schema
+from nextstep_jax.data.faults import DocumentError
 
 Pixels = UInt8[np.ndarray, "height width 3"]
 
 # 16-bit grey: 65535 becomes 255. Pillow's own conversion would clip at 255.
 _GREY_16_SCALE = 257.0
 # What Pillow raises for files that are no image, damaged or absurdly large.
-_UNREADABLE = (OSError, SyntaxError, PIL.Image.DecompressionBombError)
+_UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error),
+    PIL.Image.DecompressionBombError,
+)
 
 
 def decode(encoded: bytes) -> Pixels:
@@ -29,28 +34,43 @@ def decode(encoded: bytes) -> Pixels:
     and 16 bits) and CMYK are converted; of an animation the first frame is taken.
 
     Raises:
-        ValueError: If the bytes are no image, are cut off, or the image is absurdly large (the
-            limit of Pillow against decompression bombs).
+        DocumentError: If the bytes are no image or are cut off, or it has more pixels than
+            Pillow's limit against decompression bombs; nothing of such a one is decoded.
     """
     try:
         with PIL.Image.open(io.BytesIO(encoded)) as image:
             return rgb_of(image)
+    except DocumentError:
+        raise
     except _UNREADABLE as error:
-        raise ValueError(f"cannot decode the image: {error}") from error
+        raise _error(error) from error
 
 
 def rgb_of(image: PIL.Image.Image) -> Pixels:
     """The pixels of a Pillow image of any kind, by the rules of `decode`.
 
     Raises:
-        ValueError: If the pixels are floating-point, or their file is cut off or absurdly large
-            (Pillow reads it only now).
+        DocumentError: If the pixels are floating-point, or their file is cut off or claims an
+            absurd size (Pillow reads it only now).
     """
+    limit = PIL.Image.MAX_IMAGE_PIXELS
+    # At the limit Pillow only warns; it refuses at twice as many.
+    if limit is not None and image.width * image.height > limit:
+        size = f"{image.height}x{image.width}"
+        raise DocumentError("decompression_bomb", f"the image claims {size} pixels, over {limit}")
     try:
         image.load()
         return np.asarray(_to_rgb(PIL.ImageOps.exif_transpose(image)))
+    except DocumentError:
+        raise
     except _UNREADABLE as error:
-        raise ValueError(f"cannot decode the image: {error}") from error
+        raise _error(error) from error
+
+
+def _error(error: Exception) -> DocumentError:
+    bomb = isinstance(error, PIL.Image.DecompressionBombError)
+    reason = "decompression_bomb" if bomb else "bad_image"
+    return DocumentError(reason, f"cannot decode the image: {error}")
 
 
 def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -58,7 +78,9 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         grey = np.asarray(image).astype(np.float64) / _GREY_16_SCALE
         image = PIL.Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8))
     if image.mode == "F":
-        raise ValueError("cannot decode the image: floating-point pixels have no known range")
+        raise DocumentError(
+            "bad_image", "cannot decode the image: floating-point pixels have no known range"
+        )
     if image.has_transparency_data:  # An alpha channel, or a transparent colour or palette entry.
         rgba = image.convert("RGBA")
         white = PIL.Image.new("RGBA", rgba.size, "white")
@@ -67,19 +89,29 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def resize_cover(
-    pixels: UInt8[np.ndarray, "source_height source_width 3"], height: int, width: int
+    pixels: UInt8[np.ndarray, "source_height source_width 3"],
+    height: int,
+    width: int,
+    place: tuple[float, float] = (0.5, 0.5),
 ) -> UInt8[np.ndarray, "{height} {width} 3"]:
-    """Fits an image to a size: Lanczos resize that covers it, centre crop of what sticks out.
+    """Fits an image to a size: Lanczos resize that covers it, and a crop of what sticks out.
 
     Cropping the source box first and resizing it once gives the same up to the rounding of the
     crop to whole pixels, and does no work on what is cut away.
+
+    Args:
+        pixels: The image.
+        height: Of the result.
+        width: Of the result.
+        place: Where the crop lies, vertically and horizontally: 0 is top and left, 1 bottom and
+            right, one half the centre.
     """
     source_height, source_width = pixels.shape[:2]
     if (source_height, source_width) == (height, width):
         return pixels
     scale = max(height / source_height, width / source_width)
     box_height, box_width = height / scale, width / scale
-    top, left = (source_height - box_height) / 2, (source_width - box_width) / 2
+    top, left = (source_height - box_height) * place[0], (source_width - box_width) * place[1]
     box = (
         max(left, 0.0),
         max(top, 0.0),
@@ -117,8 +149,8 @@ def pixels_of(image: schema.Image) -> Pixels:
     """The pixels of a document's image, decoded if need be.
 
     Raises:
-        ValueError: If the image is given as latents, or cannot be decoded, or its array is not
-            uint8 (height, width, 3).
+        DocumentError: If it cannot be decoded, or its array is not uint8 (height, width, 3).
+        ValueError: If it is given as latents.
     """
     if image.encoded is not None:
         return decode(image.encoded)
@@ -126,7 +158,8 @@ def pixels_of(image: schema.Image) -> Pixels:
         raise ValueError("the image is given as latents; it has no pixels")
     pixels = image.pixels
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
-        raise ValueError(
-            f"image pixels must be uint8 (height, width, 3), got {pixels.dtype} {pixels.shape}"
+        raise DocumentError(
+            "bad_image",
+            f"image pixels must be uint8 (height, width, 3), got {pixels.dtype} {pixels.shape}",
         )
     return pixels

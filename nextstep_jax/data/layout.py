@@ -14,10 +14,11 @@ text that is tokenised on its own, so that it never merges with the caption. The
     edit         source image block, instruction, target image block, eos: the parts in order
     interleaved  the parts in order, eos
 
+Which parts a document keeps, in which wording and order, is drawn in `data/arrangement.py`.
 Cross-entropy is taken on text, area string, end of image and eos; not on begin of image and
 placeholders, which are never sampled, nor on an eos right after an image, which is not either.
-The flow loss is taken on the placeholders of the images whose `loss` flag says so (of an edit,
-the source sets it only on the last one).
+The flow loss is taken on the placeholders of the images whose `loss` flag says so, of an edit only
+on those of the last one.
 
 Words: weights belong to the position of the token that is predicted, not to the one before it.
 """
@@ -30,44 +31,13 @@ import numpy as np
 from jaxtyping import Shaped
 
 from nextstep_jax.data import buckets, images
+from nextstep_jax.data.arrangement import Draws, LayoutConfig, arrange_parts
+from nextstep_jax.data.faults import DocumentError
 from nextstep_jax.data.schema import Document, Image, Part, Sequence, Text
 from nextstep_jax.data.text_tokenizer import TextTokenizer
 
 IMAGE_TAG = "<image>"
 """Marks the place of an input image in a prompt."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LayoutConfig:
-    """How documents become sequences.
-
-    Attributes:
-        image_first_prob: Probability that the image of a pair stands before its caption.
-        image_bases: Sides of the square bucket; an image goes to the largest whose area it fills.
-        square_only: Crop every image to the square instead of the nearest aspect bucket.
-        pixels_per_token: Pixels along one side of an image token.
-    """
-
-    image_first_prob: float = 0.3
-    image_bases: tuple[int, ...] = (256,)
-    square_only: bool = False
-    pixels_per_token: int = 16
-
-    def __post_init__(self):
-        """Checks the ranges, and that every base has a grid."""
-        if not 0.0 <= self.image_first_prob <= 1.0:
-            raise ValueError(f"image_first_prob={self.image_first_prob} must lie in [0, 1]")
-        if not self.image_bases:
-            raise ValueError("image_bases must name at least one base, such as (256,)")
-        object.__setattr__(self, "image_bases", tuple(self.image_bases))
-        _ = self.image_sizes
-
-    @property
-    def image_sizes(self) -> tuple[buckets.Size, ...]:
-        """Every (height, width) that an image can be fitted to, ascending."""
-        return buckets.sizes_of_bases(
-            self.image_bases, stride=self.pixels_per_token, square_only=self.square_only
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,22 +65,25 @@ def lay_out(
             on which worker reads the document, nor when.
 
     Raises:
-        ValueError: If the parts do not fit the kind, or an image cannot be used; names the
+        DocumentError: If the parts do not fit the kind, or an image cannot be used; names the
             document.
     """
+    draws = Draws.of(rng)
     try:
         blocks, arrays, grids = [], [], []
-        for part in arrange_parts(document, config, rng):
+        parts = arrange_parts(document, config, draws)
+        for part in parts:
             if isinstance(part, Text):
                 blocks.append(_text_block(part, tokenizer))
             else:
-                array, grid = fit_image(part, config)
+                place = tuple(rng.random(2)) if config.random_crop else (0.5, 0.5)
+                array, grid = fit_image(part, config, place)
                 arrays.append(array)
                 grids.append(grid)
                 blocks.append(_image_block(grid, part.loss, tokenizer))
-    except ValueError as error:
-        raise ValueError(f"document {document.source}/{document.id}: {error}") from error
-    blocks.append(_eos_block(document, blocks, tokenizer))
+    except DocumentError as error:
+        raise error.within(f"document {document.source}/{document.id}") from error
+    blocks.append(_eos_block(parts, blocks, tokenizer))
 
     token_ids = np.array([i for block in blocks for i in block.ids], np.int32)
     is_image = token_ids == tokenizer.image_placeholder_id
@@ -124,40 +97,6 @@ def lay_out(
         document_id=f"{document.source}/{document.id}",
         kind=document.kind,
     )
-
-
-def arrange_parts(
-    document: Document, config: LayoutConfig, rng: np.random.Generator
-) -> tuple[Part, ...]:
-    """The parts of a document in the order of its layout. All random choices are made here.
-
-    Raises:
-        ValueError: If the parts do not fit the kind.
-    """
-    parts = document.parts
-    texts = tuple(part for part in parts if isinstance(part, Text))
-    num_texts, num_images = len(texts), len(document.images)
-    found = f"found {num_texts} texts and {num_images} images"
-    match document.kind:
-        case "text":
-            if not num_texts or num_images:
-                raise ValueError(f"kind 'text' has texts and no images; {found}")
-            return parts
-        case "pair":
-            if num_texts != 1 or num_images != 1:
-                raise ValueError(f"kind 'pair' has one text and one image; {found}")
-            # Drawn for every pair, so that the number of draws does not depend on the config.
-            image_first = rng.random() < config.image_first_prob
-            return (*document.images, *texts) if image_first else (*texts, *document.images)
-        case "edit":
-            if num_texts < 1 or num_images < 2:
-                raise ValueError(f"kind 'edit' has an instruction and two or more images; {found}")
-            return parts
-        case "interleaved":
-            if not parts:
-                raise ValueError("kind 'interleaved' has at least one part; found none")
-            return parts
-    raise ValueError(f"kind {document.kind!r} is none of 'text', 'pair', 'edit', 'interleaved'")
 
 
 @functools.lru_cache(maxsize=1024)  # A run has few grids, and asks for one with every image.
@@ -212,33 +151,46 @@ def prompt_prefix(
     return [*ids, *area_ids(grid, tokenizer), tokenizer.boi_id]
 
 
-def fit_image(image: Image, config: LayoutConfig) -> tuple[Shaped[np.ndarray, "..."], buckets.Grid]:
+def fit_image(
+    image: Image, config: LayoutConfig, place: tuple[float, float] = (0.5, 0.5)
+) -> tuple[Shaped[np.ndarray, "..."], buckets.Grid]:
     """The array of an image as the sequence holds it, and its grid.
 
     Args:
         image: In any of its forms.
-        config: Says which buckets there are.
+        config: Says which buckets there are, and which images are refused.
+        place: Where pixels are cropped; see `images.resize_cover`.
 
     Returns:
         uint8 (height, width, 3), decoded and fitted to its bucket; or the latents as they are.
 
     Raises:
-        ValueError: If the image cannot be decoded, or its latents do not fill its grid.
+        DocumentError: If the image cannot be decoded or has an absurd size, or its latents do not
+            fill its grid.
     """
     if image.latents is not None:
         rows, columns = image.grid
         if image.latents.ndim != 2 or len(image.latents) != rows * columns:
-            raise ValueError(
+            raise DocumentError(
+                "bad_document",
                 f"latents must be (rows * columns, token_dim) for grid {rows}x{columns}, "
-                f"got shape {image.latents.shape}"
+                f"got shape {image.latents.shape}",
             )
         return image.latents, (rows, columns)
     pixels = images.pixels_of(image)
+    shorter, longer = sorted(pixels.shape[:2])
+    if shorter < config.min_image_side or longer > config.max_aspect_ratio * shorter:
+        raise DocumentError(
+            "image_size",
+            f"an image of {pixels.shape[0]}x{pixels.shape[1]} pixels (height x width); sides must"
+            f" be at least {config.min_image_side} and differ by at most a factor of"
+            f" {config.max_aspect_ratio}",
+        )
     stride = config.pixels_per_token
     height, width = buckets.choose_size(
         *pixels.shape[:2], config.image_bases, stride=stride, square_only=config.square_only
     )
-    return images.resize_cover(pixels, height, width), buckets.grid_of(height, width, stride)
+    return images.resize_cover(pixels, height, width, place), buckets.grid_of(height, width, stride)
 
 
 def _text_block(text: Text, tokenizer: TextTokenizer) -> _Block:
@@ -258,12 +210,12 @@ def _image_block(grid: buckets.Grid, loss: bool, tokenizer: TextTokenizer) -> _B
     )
 
 
-def _eos_block(document: Document, blocks: list[_Block], tokenizer: TextTokenizer) -> _Block:
+def _eos_block(parts: ListLike[Part], blocks: list[_Block], tokenizer: TextTokenizer) -> _Block:
     """The end of text: trained like the text that it ends, never right after an image."""
     last_ids = next((block.ids for block in reversed(blocks) if block.ids), [])
     if last_ids and last_ids[-1] == tokenizer.eoi_id:
         weight = 0.0
     else:
-        texts = [part for part in document.parts if isinstance(part, Text)]
+        texts = [part for part in parts if isinstance(part, Text)]
         weight = float(texts[-1].loss) if texts else 0.0
     return _Block([tokenizer.eos_id], [weight], [0.0])

@@ -1,36 +1,44 @@
 """The data pipeline: sources of documents in, packed batches out, resumable at any batch.
 
-    source -> shuffle -> repeat -> lay out -> every n-th for this process     (per source)
-    -> mix by weight -> read ahead in threads -> pack into rows -> batch -> ready ahead
+    source -> shuffle -> repeat -> lay out       of every source, by position
+    -> mix by weight -> pack into rows           of every virtual stream (`data/streams.py`)
+    -> batch of the process's streams -> ready ahead
 
-built on Grain. NextStep-1 (arXiv 2508.10711) mixes text, captioned images, image-to-image and
-interleaved documents by the weights of its Table 1. The choices for a document are a function of
-(seed, epoch, source name, document id), never of a thread or a process. The iterator's state is a
-few integers; Grain's iterators can be saved and restored by orbax as they are. That state only
-fits the pipeline that made it, so `pipeline_fingerprint` is stored beside it and compared by
-`check_fingerprint` before it is used.
+NextStep-1 (arXiv 2508.10711) mixes text, captioned images, image-to-image and interleaved
+documents by the weights of its Table 1. The global batch of step s is a function of the seed and
+s: rows come from `num_streams` virtual streams, a fixed number of each, in the order of the
+streams. A process owns neighbouring streams and with them neighbouring rows; how many processes
+there are, and how many threads read, has no effect. State is kept by stream, so that a run
+stopped on four processes goes on with two. It only fits the pipeline that made it, so that
+`pipeline_fingerprint` is stored beside it and compared by `check_fingerprint` before it is used.
 """
 
+import concurrent.futures
 import dataclasses
-import hashlib
-from collections.abc import Mapping
+import json
+import logging
+from collections.abc import Awaitable, Mapping
 from typing import Any
 
 import grain
-import numpy as np
 
-from nextstep_jax.data import packing
-from nextstep_jax.data.layout import LayoutConfig, lay_out
-from nextstep_jax.data.schema import Document, Sequence
+from nextstep_jax.data.arrangement import LayoutConfig
+from nextstep_jax.data.collate import CollateConfig, collate
+from nextstep_jax.data.mixture import check_weights
+from nextstep_jax.data.packing import PackingConfig
+from nextstep_jax.data.schema import Batch
 from nextstep_jax.data.sources import DocumentSource
+from nextstep_jax.data.statistics import Counts, add_counts, no_counts
+from nextstep_jax.data.streams import Reader, Stream
 from nextstep_jax.data.text_tokenizer import TextTokenizer
+from nextstep_jax.data.tolerance import Tally
 from nextstep_jax.models.config import NextStepConfig
 
 # Counts up when the same config would give other batches than before.
-_FORMAT = 1
+_FORMAT = 2
 
-# Fields of DataConfig that change how fast batches come, but not which.
-_SPEED_FIELDS = ("num_threads", "prefetch")
+# Fields of DataConfig that change how fast batches come or when a run stops, but not its batches.
+_SPEED_FIELDS = ("num_threads", "prefetch", "max_bad_fraction")
 
 # Documents read ahead for each thread: enough to hide one slow file, few enough to hold in memory.
 _READ_AHEAD_PER_THREAD = 16
@@ -43,69 +51,105 @@ class DataConfig:
     Attributes:
         row_length: Tokens of a row.
         rows_per_batch: Rows of the global batch, over all processes.
-        max_images_per_row: Most slots for images of one size in a row; None for as many as fit
-            by length. See `PackingConfig`.
-        image_bases: Sides of the square bucket in pixels; see `LayoutConfig`.
-        square_only: Crop every image to the square instead of the nearest aspect bucket. Every
-            bucket costs slots in every row, so a set of square images should say so.
+        num_streams: Virtual streams that the data are cut into; each gives as many rows of a
+            batch. The number of processes must divide it, and it must divide `rows_per_batch`.
+            None: one for every row, so that any number of processes that divides the rows will
+            do.
+        max_image_tokens: Most image tokens of a row; see `PackingConfig`.
         latents: Documents carry image tokens instead of pixels.
-        image_first_prob: Probability that the image of a pair stands before its caption.
+        layout: How documents become sequences.
         attend_across_documents: The released trainer's rows, without document boundaries.
         shuffle: Shuffle each source anew every epoch.
-        seed: Of shuffling, layout choices and packing.
-        num_packing_bins: Rows that are open at the same time.
-        num_threads: Threads that read and lay out documents; 0 does it while the step waits.
+        seed: Of shuffling and layout choices.
+        num_open_rows: Rows that a stream fills at the same time; see `PackingConfig`.
+        least_text_piece: See `PackingConfig`.
+        max_bad_fraction: The share of a source's documents that may be bad (`data/faults.py`)
+            before the run stops.
+        num_threads: Threads of a process that read and lay out documents; 0 does it while the
+            step waits.
         prefetch: Batches that are kept ready ahead.
     """
 
     row_length: int
     rows_per_batch: int
-    max_images_per_row: int | None = None
-    image_bases: tuple[int, ...] = (256,)
-    square_only: bool = False
+    num_streams: int | None = None
+    max_image_tokens: int | None = None
     latents: bool = False
-    image_first_prob: float = 0.3
+    layout: LayoutConfig = dataclasses.field(default_factory=LayoutConfig)
     attend_across_documents: bool = False
     shuffle: bool = True
     seed: int = 0
-    num_packing_bins: int = 32
+    num_open_rows: int = 16
+    least_text_piece: int = 64
+    max_bad_fraction: float = 0.01
     num_threads: int = 2
     prefetch: int = 2
 
     def __post_init__(self):
         """Checks the ranges that no later stage checks."""
-        object.__setattr__(self, "image_bases", tuple(self.image_bases))
-        for name, least in (("rows_per_batch", 1), ("num_threads", 0), ("prefetch", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        least = {"rows_per_batch": 1, "num_streams": 1, "num_threads": 0, "prefetch": 0}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise ValueError(f"{name}={value} must be at least {smallest}")
+        _ = self.packing
+        if self.rows_per_batch % self.streams:
+            raise ValueError(
+                f"num_streams={self.num_streams} must divide rows_per_batch={self.rows_per_batch}"
+            )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} must lie in [0, 2**32)")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction={self.max_bad_fraction} must lie in [0, 1]")
+
+    @property
+    def streams(self) -> int:
+        """How many virtual streams there are."""
+        return self.num_streams or self.rows_per_batch
+
+    @property
+    def packing(self) -> PackingConfig:
+        """The shape of a row."""
+        return PackingConfig(
+            row_length=self.row_length,
+            max_image_tokens=self.max_image_tokens,
+            num_open_rows=self.num_open_rows,
+            least_text_piece=self.least_text_piece,
+        )
 
 
 Sources = Mapping[str, tuple[DocumentSource, float]]
 
 
-class _LayOut(grain.experimental.MapWithIndexTransform):
-    """`lay_out` with a generator that is a function of seed, epoch, source and document."""
+def layout_of(config: DataConfig, model_config: NextStepConfig) -> LayoutConfig:
+    """The run's layout, with what follows from its rows and from the model.
 
-    def __init__(
-        self,
-        name: str,
-        num_documents: int,
-        tokenizer: TextTokenizer,
-        config: LayoutConfig,
-        seed: int,
-    ):
-        self._name = name
-        self._num_documents = num_documents
-        self._tokenizer = tokenizer
-        self._config = config
-        self._seed = seed
+    Raises:
+        ValueError: A row is too short for the largest image.
+    """
+    layout = dataclasses.replace(config.layout, pixels_per_token=model_config.pixels_per_token)
+    largest = largest_image_tokens(layout)
+    around = 4  # Area token, at least one token of size string, begin and end of image.
+    if largest + around > config.row_length:
+        raise ValueError(
+            f"row_length={config.row_length} is too short for an image of {largest} tokens"
+            f" and {around} around them (image_bases={layout.image_bases})"
+        )
+    if config.max_image_tokens is not None and config.max_image_tokens < largest:
+        raise ValueError(
+            f"max_image_tokens={config.max_image_tokens} is less than the {largest} tokens of one"
+            f" image (image_bases={layout.image_bases})"
+        )
+    if layout.max_interleaved_images is None:
+        # The released trainer's rule.
+        most = max(1, config.row_length // (2 * largest))
+        layout = dataclasses.replace(layout, max_interleaved_images=most)
+    return layout
 
-    def map_with_index(self, index: int, element: Document) -> Sequence:
-        epoch = index // self._num_documents
-        key = [self._seed, epoch, _digest(self._name), _digest(element.id)]
-        return lay_out(element, self._tokenizer, self._config, np.random.default_rng(key))
+
+def largest_image_tokens(layout: LayoutConfig) -> int:
+    """Tokens of the largest image that a layout makes."""
+    return max(height * width for height, width in layout.image_sizes) // layout.pixels_per_token**2
 
 
 def make_pipeline(
@@ -115,17 +159,15 @@ def make_pipeline(
     config: DataConfig,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.IterDataset:
+) -> "Pipeline":
     """The endless stream of a process's batches.
 
     Its elements are `schema.Batch` dicts of numpy arrays with rows_per_batch / process_count rows.
-    `iter()` of it gives an iterator with `get_state` and `set_state`, which orbax also saves and
-    restores. Each source is split over the processes before the mixture, so every process sees
-    the same proportions.
+    `iter()` of it gives a `PipelineIterator`.
 
     Args:
-        sources: Name -> (source, weight). Weights are relative numbers of documents. The names
-            seed the sources and are part of the fingerprint.
+        sources: Name -> (source, weight). Weights are relative numbers of documents; 0 draws
+            none. The names seed the sources and are part of the fingerprint.
         tokenizer: Must agree with the model config.
         model_config: Gives the ids and the size of an image token.
         config: The shape of the batches.
@@ -139,59 +181,164 @@ def make_pipeline(
     tokenizer.check(model_config)
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index={process_index} must lie in [0, {process_count})")
-    if config.rows_per_batch % process_count:
+    if config.streams % process_count:
         raise ValueError(
-            f"rows_per_batch={config.rows_per_batch} must be a multiple of the "
-            f"{process_count} processes"
+            f"data.num_streams={config.streams} must be a multiple of the {process_count} processes"
         )
-    layout_config, packing_config = stage_configs(config, tokenizer, model_config)
-    components = []
-    for name, (source, _) in sources.items():
-        dataset = grain.MapDataset.source(source)
-        if config.shuffle:
-            dataset = dataset.shuffle(seed=_digest(f"{config.seed}/{name}"))
-        dataset = dataset.repeat()
-        layout = _LayOut(name, len(source), tokenizer, layout_config, config.seed)
-        dataset = dataset.map_with_index(layout)
-        components.append(dataset[process_index::process_count])
-    weights = [weight for _, weight in sources.values()]
-    mixed = grain.MapDataset.mix(components, weights)
-    options = grain.ReadOptions(
-        num_threads=config.num_threads,
-        prefetch_buffer_size=config.num_threads * _READ_AHEAD_PER_THREAD,
-    )
-    rows = packing.pack(mixed.to_iter_dataset(options), packing_config)
-    batches = rows.batch(config.rows_per_batch // process_count, drop_remainder=True)
-    if config.prefetch:
-        # One more thread packs and stacks, so that the step finds its batch ready.
-        batches = grain.experimental.ThreadPrefetchIterDataset(
-            batches, prefetch_buffer_size=config.prefetch
-        )
-    return batches
-
-
-def stage_configs(
-    config: DataConfig, tokenizer: TextTokenizer, model_config: NextStepConfig
-) -> tuple[LayoutConfig, packing.PackingConfig]:
-    """The configs of the stages, from the run's and the model's."""
-    layout_config = LayoutConfig(
-        image_first_prob=config.image_first_prob,
-        image_bases=config.image_bases,
-        square_only=config.square_only,
-        pixels_per_token=model_config.pixels_per_token,
-    )
-    packing_config = packing.PackingConfig(
+    layout = layout_of(config, model_config)
+    readers = {
+        name: Reader(name, source, tokenizer, layout, config.packing, config.seed, config.shuffle)
+        for name, (source, _) in sources.items()
+    }
+    weights = {name: weight for name, (_, weight) in sources.items()}
+    collate_config = CollateConfig(
         row_length=config.row_length,
         pad_id=tokenizer.pad_id,
-        image_sizes=() if config.latents else layout_config.image_sizes,
-        max_images_per_row=config.max_images_per_row,
-        pixels_per_token=model_config.pixels_per_token,
         latent_dim=model_config.token_dim if config.latents else None,
-        num_packing_bins=config.num_packing_bins,
-        seed=config.seed,
         attend_across_documents=config.attend_across_documents,
     )
-    return layout_config, packing_config
+    each = config.streams // process_count
+    own = range(process_index * each, (process_index + 1) * each)
+    return Pipeline(own, readers, weights, config, collate_config)
+
+
+class Pipeline:
+    """A process's part of a run's batches; see `make_pipeline`."""
+
+    def __init__(
+        self,
+        own: range,
+        readers: Mapping[str, Reader],
+        weights: Mapping[str, float],
+        config: DataConfig,
+        collate_config: CollateConfig,
+    ):
+        """Holds the parts; `own` are the streams of this process."""
+        self._args = (own, readers, weights, config, collate_config)
+
+    def __iter__(self) -> "PipelineIterator":
+        """An iterator that begins at the first batch."""
+        return PipelineIterator(*self._args)
+
+
+class _Batches(grain.DatasetIterator):
+    """Batches made in the caller's thread, as an iterator that Grain's prefetching takes."""
+
+    def __init__(self, streams: Mapping[int, Stream], config: DataConfig, form: CollateConfig):
+        super().__init__()
+        self._streams, self._form = streams, form
+        self._rows_each = config.rows_per_batch // config.streams
+
+    def __next__(self) -> Batch:
+        rows = [
+            stream.next_row() for stream in self._streams.values() for _ in range(self._rows_each)
+        ]
+        return collate(rows, self._form)
+
+    def get_state(self) -> dict[str, Any]:
+        return {str(index): stream.get_state() for index, stream in self._streams.items()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        for index, stream in self._streams.items():
+            stream.set_state(state[str(index)])
+
+
+class _BatchesDataset(grain.IterDataset):
+    """The dataset whose iterator is the one given."""
+
+    def __init__(self, iterator: _Batches):
+        super().__init__()
+        self._iterator = iterator
+
+    def __iter__(self) -> _Batches:
+        return self._iterator
+
+
+class PipelineIterator:
+    """Batches, with a state that orbax saves and restores by stream."""
+
+    def __init__(
+        self,
+        own: range,
+        readers: Mapping[str, Reader],
+        weights: Mapping[str, float],
+        config: DataConfig,
+        collate_config: CollateConfig,
+    ):
+        """Begins at the first batch; nothing is read until it is asked for."""
+        self._own, self._num_streams = own, config.streams
+        self._source_names = tuple(readers)
+        self._pool = None
+        if config.num_threads:
+            self._pool = concurrent.futures.ThreadPoolExecutor(config.num_threads, "read")
+        ahead = max(2, _READ_AHEAD_PER_THREAD * config.num_threads // len(own))
+        tally = Tally(config.max_bad_fraction)
+        args = (config.streams, readers, weights, config.packing, tally, self._pool, ahead)
+        streams = {index: Stream(index, *args) for index in own}
+        dataset: Any = _BatchesDataset(_Batches(streams, config, collate_config))
+        if config.prefetch:
+            # A thread packs and stacks, so that the step finds its batch ready.
+            dataset = grain.experimental.ThreadPrefetchIterDataset(
+                dataset, prefetch_buffer_size=config.prefetch
+            )
+        self._iterator = iter(dataset)
+
+    def __iter__(self) -> "PipelineIterator":
+        """Itself."""
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch.
+
+        Raises:
+            ValueError: Too many documents are bad, or a document does not fit the run.
+        """
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """The states of the process's streams after the last batch taken, as values for JSON."""
+        return self._iterator.get_state()
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `get_state` stood; the streams may come from several processes' states."""
+        self._iterator.set_state(dict(state))
+
+    def counts(self) -> Counts:
+        """What the process's streams have read and given up to the last batch taken."""
+        counts = [state["counts"] for state in self.get_state().values()]
+        return add_counts([no_counts(self._source_names), *counts])
+
+    async def save(self, directory: Any) -> Awaitable[None]:
+        """Writes a file for each stream of this process; called by orbax."""
+        states = self.get_state()
+
+        async def write() -> None:
+            path = await directory.await_creation()
+            for index, state in states.items():
+                (path / _file_name(int(index), self._num_streams)).write_text(json.dumps(state))
+
+        return write()
+
+    async def load(self, directory: Any) -> Awaitable[None]:
+        """Reads the files of this process's streams, whichever process wrote them."""
+
+        async def read() -> None:
+            paths = {i: directory / _file_name(i, self._num_streams) for i in self._own}
+            self.set_state({str(i): json.loads(path.read_text()) for i, path in paths.items()})
+
+        return read()
+
+    def close(self) -> None:
+        """Stops the threads; nothing can be asked any more."""
+        self._iterator.close()
+        # Else Grain closes it again while the interpreter ends, and complains.
+        self._iterator = None
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def _file_name(stream: int, num_streams: int) -> str:
+    return f"stream-{stream:05d}-of-{num_streams:05d}.json"
 
 
 def pipeline_fingerprint(
@@ -199,30 +346,29 @@ def pipeline_fingerprint(
     sources: Sources,
     tokenizer: TextTokenizer,
     model_config: NextStepConfig,
-    process_count: int = 1,
 ) -> dict[str, Any]:
     """What an iterator's state depends on, as values that JSON keeps.
 
-    Stored in a checkpoint's metadata. Grain itself does not notice when a state is restored into
-    another pipeline; it goes on with other data.
+    Stored in a checkpoint's metadata, as a state says nothing of the pipeline that it is of.
     """
-    fields = dataclasses.asdict(config)
+    fields = dataclasses.asdict(dataclasses.replace(config, layout=layout_of(config, model_config)))
     for name in _SPEED_FIELDS:
         del fields[name]
-    fields["image_bases"] = list(config.image_bases)
+    fields["num_streams"] = config.streams
     return {
         "format": _FORMAT,
         **fields,
-        "pixels_per_token": model_config.pixels_per_token,
         "token_dim": model_config.token_dim,
         "tokenizer": tokenizer.fingerprint,
-        "process_count": process_count,
-        # In order, as the mixture's order of turns depends on it.
-        "sources": [
-            [name, source_fingerprint(source), len(source), weight]
-            for name, (source, weight) in sources.items()
-        ],
+        _DOCUMENTS: {
+            name: [source_fingerprint(source), len(source)] for name, (source, _) in sources.items()
+        },
+        # In order, as turns between equals depend on it.
+        _WEIGHTS: {name: weight for name, (_, weight) in sources.items()},
     }
+
+
+_DOCUMENTS, _WEIGHTS = "documents", "weights"
 
 
 def source_fingerprint(source: DocumentSource) -> str:
@@ -239,9 +385,16 @@ def source_fingerprint(source: DocumentSource) -> str:
 def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Checks that a saved iterator state belongs to this pipeline.
 
+    The weights of the mixture may have changed and sources may have been added; that is logged.
+
     Raises:
         ValueError: Listing every field that differs.
     """
+    saved, current = dict(saved), dict(current)
+    before, now = saved.pop(_WEIGHTS, None), current.pop(_WEIGHTS, None)
+    if _DOCUMENTS in saved and _DOCUMENTS in current:
+        added = set(current[_DOCUMENTS]) - set(saved[_DOCUMENTS])
+        current[_DOCUMENTS] = {k: v for k, v in current[_DOCUMENTS].items() if k not in added}
     differing = [
         f"{name}: saved {saved.get(name)!r}, now {current.get(name)!r}"
         for name in sorted({*saved, *current})
@@ -251,18 +404,14 @@ def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any]) -> N
         raise ValueError(
             "the checkpoint belongs to a run with other data or settings: " + "; ".join(differing)
         )
+    if before != now:
+        logging.warning("the weights of the sources change from %s to %s", before, now)
 
 
 def _check_sources(sources: Sources) -> None:
     if not sources:
         raise ValueError("sources must name at least one source")
-    for name, (source, weight) in sources.items():
+    for name, (source, _) in sources.items():
         if len(source) == 0:
             raise ValueError(f"source {name!r} is empty")
-        if not 0 < weight < float("inf"):
-            raise ValueError(f"source {name!r}: weight={weight} must be positive and finite")
-
-
-def _digest(text: str) -> int:
-    """32 bits of a text; unlike `hash`, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
+    check_weights({name: weight for name, (_, weight) in sources.items()})

@@ -5,11 +5,11 @@
     shard-00000-of-00008.json           what the shard holds, from which the index is made
 
 A record is a document (`data/schema.py`) as a msgpack map: format, id, source, kind, metadata and
-the parts in order. Text is {text, loss}; an image is {pixels, shape, loss} with raw uint8,
-{encoded, loss} with the bytes of an image file, or {latents, dtype, shape, grid, loss} with raw
-little-endian numbers. Nothing is lost on the way but the difference between tuple and list in the
-metadata. Shards are ArrayRecord files with one record a chunk, for random access; they are
-written by `data/record_writer.py`.
+the parts in order. Text is {text, loss}, and {wordings} if there are any; an image is {pixels,
+shape, loss} with raw uint8, {encoded, loss} with the bytes of an image file, or {latents, dtype,
+shape, grid, loss} with raw little-endian numbers. Nothing is lost on the way but the difference
+between tuple and list in the metadata. Shards are ArrayRecord files with one record a chunk, for
+random access; they are written by `data/record_writer.py`.
 
 Words: a grid is (rows, columns) in image tokens; a size is (height, width) in pixels.
 """
@@ -31,6 +31,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from nextstep_jax.data.buckets import Grid, image_key
+from nextstep_jax.data.faults import DocumentError
 from nextstep_jax.data.schema import KINDS, Document, Image, Part, Text
 
 FORMAT = 1
@@ -121,7 +122,8 @@ def _plain(value: Any, where: str) -> Any:
 
 def _pack_part(part: Part) -> dict[str, Any]:
     if isinstance(part, Text):
-        return {"text": part.text, "loss": part.loss}
+        wordings = {"wordings": dict(part.wordings)} if part.wordings else {}
+        return {"text": part.text, "loss": part.loss, **wordings}
     if part.encoded is not None:
         return {"encoded": part.encoded, "loss": part.loss}
     if part.pixels is not None:
@@ -150,7 +152,10 @@ def _unpack_part(values: Any) -> Part:
         raise ValueError("record with a part that is no map")
     loss = _field(values, "loss", bool)
     if "text" in values:
-        return Text(_field(values, "text", str), loss)
+        wordings = _field({"wordings": {}, **values}, "wordings", dict)
+        if not all(isinstance(text, str) for text in wordings.values()):
+            raise ValueError("record with a wording that is no text")
+        return Text(_field(values, "text", str), loss, wordings)
     if "encoded" in values:
         return Image(encoded=_field(values, "encoded", bytes), loss=loss)
     if "pixels" in values:
@@ -282,7 +287,7 @@ class RecordSource:
 
         Raises:
             IndexError: There is no such document.
-            ValueError: Its record is damaged; names shard and record.
+            DocumentError: Its record is damaged; names shard and record.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of a source of {len(self)} documents")
@@ -292,7 +297,7 @@ class RecordSource:
             return decode_document(self._reader(shard).read([position])[0])
         except (ValueError, RuntimeError, IndexError) as error:
             where = f"{self._root / self._names[shard]}, record {position}"
-            raise ValueError(f"{where}: {error}") from error
+            raise DocumentError("unreadable", f"{where}: {error}") from error
 
     def _reader(self, shard: int) -> Any:
         """The reader of a shard; those not used for longest are let go."""

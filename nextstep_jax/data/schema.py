@@ -5,8 +5,8 @@ whether predicting a part is trained. It becomes a sequence (`data/layout.py`), 
 packed into rows (`data/packing.py`), and rows are stacked into the batch that the train step
 reads.
 
-Axes: batch rows B, row length L, image tokens of an image n, token width 64 (latent channels x
-patch x patch), images of one size per row I.
+Axes: batch rows B, row length L, images of one size N, image tokens of an image n, token width 64
+(latent channels x patch x patch).
 """
 
 import dataclasses
@@ -27,10 +27,14 @@ class Text:
     Attributes:
         text: The string, as the tokenizer shall see it.
         loss: Whether cross-entropy is taken on its tokens.
+        wordings: The same thing said in other words, by key, such as a short caption or one in
+            another language; the layout may draw one of them in place of `text`. A key for
+            `text` itself may be among them.
     """
 
     text: str
     loss: bool = True
+    wordings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +132,13 @@ class Batch(TypedDict, total=False):
         text_weights: float32 (B, L), the weight of predicting what stands at this position; zero
             at the first position of a segment, which nothing precedes.
         image_weights: float32 (B, L), the same for the flow loss.
-        images: For every size of the run, under the key "HxW", uint8 (B, I, H, W, 3); unused
-            slots are zero. Absent where documents carry latents.
-        image_index: int32 (B, L), -1 off images, else the index into the row's image-token
-            buffer: the tokens of all slots of the first size, then of the next, sizes in the
-            order of `buckets.ordered_image_keys`. Absent where documents carry latents.
+        kinds: int8 (B, L), 1 + the index in `KINDS` of the document's kind; 0 on padding.
+        document_ids: Of each row, the documents of its segments in order; stays on the host.
+        images: For every size that occurs, under the key "HxW", uint8 (N, H, W, 3): all images of
+            this size in the batch. N differs from batch to batch. Absent where documents carry
+            latents.
+        image_slots: For every size that occurs, int32 (N, n): where each token of each image
+            stands, as row * L + column. Absent where documents carry latents.
         latents: float32 (B, L, token_dim), zero off images. Only where documents carry latents.
     """
 
@@ -141,6 +147,8 @@ class Batch(TypedDict, total=False):
     positions: np.ndarray
     text_weights: np.ndarray
     image_weights: np.ndarray
+    kinds: np.ndarray
+    document_ids: list[list[str]]
     images: dict[str, np.ndarray]
-    image_index: np.ndarray
+    image_slots: dict[str, np.ndarray]
     latents: np.ndarray

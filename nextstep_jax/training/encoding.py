@@ -38,7 +38,13 @@ from tqdm import tqdm
 
 from nextstep_jax.data.layout import LayoutConfig
 from nextstep_jax.data.pipeline import source_fingerprint
-from nextstep_jax.data.record_writer import ShardWriter, create_json, shard_name, write_index
+from nextstep_jax.data.record_writer import (
+    ShardWriter,
+    claim_folder,
+    shard_name,
+    shard_range,
+    write_index,
+)
 from nextstep_jax.data.records import LATENT_DTYPES
 from nextstep_jax.data.sources import DocumentSource
 from nextstep_jax.models.config import VAEConfig, to_dict
@@ -177,7 +183,7 @@ def encode_source(
     )
     devices = list(devices if devices is not None else jax.local_devices())
     settings = _settings(vae, vae_params, source, config, num_documents, devices[0])
-    _claim(out, settings)
+    claim_folder(out, SETTINGS, settings)
 
     report, began = EncodingReport(), time.monotonic()
     with contextlib.ExitStack() as stack:
@@ -219,11 +225,6 @@ def encode_source(
     return report
 
 
-def shard_range(shard: int, num_shards: int, num_documents: int) -> range:
-    """The documents of a shard: a contiguous piece, of equal lengths up to one."""
-    return range(shard * num_documents // num_shards, (shard + 1) * num_documents // num_shards)
-
-
 def _num_documents(source: DocumentSource, config: EncodingConfig) -> int:
     """How many documents there are to encode."""
     number = len(source) if config.num_documents is None else config.num_documents
@@ -250,33 +251,3 @@ def _settings(vae, vae_params, source, config, num_documents, device) -> dict[st
         "device": device.device_kind,
         "jax": jax.__version__,
     }
-
-
-def _claim(out: pathlib.Path, settings: dict[str, Any]) -> None:
-    """Writes the settings into a new folder, or compares those that are there.
-
-    Raises:
-        ValueError: The folder holds something else, or was begun with other settings.
-    """
-    path = out / SETTINGS
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out={out} is not a folder")
-    if not path.is_file():
-        found = [p.name for p in out.iterdir() if p.suffix != ".tmp"] if out.is_dir() else []
-        # Another process may have begun the folder in between.
-        if found and not path.is_file():
-            raise ValueError(f"{out} holds other things ({found[0]}, ...) and no {SETTINGS}")
-        out.mkdir(parents=True, exist_ok=True)
-        # Of processes that are started at once, one creates the file; all compare with it.
-        create_json(path, settings)
-    try:
-        saved = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not hold settings: {error}") from error
-    differing = [
-        f"{name}: {saved.get(name)!r} there, {settings.get(name)!r} now"
-        for name in sorted({*saved, *settings})
-        if saved.get(name) != settings.get(name)
-    ]
-    if differing:
-        raise ValueError(f"{out} was begun with other settings: " + "; ".join(differing))

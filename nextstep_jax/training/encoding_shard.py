@@ -139,6 +139,7 @@ class Encoder:
     Attributes:
         group_size: Images of one device.
         num_groups: Groups of a batch, one a device.
+        mesh: The devices.
         compile_seconds: What has gone into compiling.
     """
 
@@ -155,7 +156,7 @@ class Encoder:
         """Puts the parameters on the devices; a program is compiled when its size comes up."""
         self.group_size, self.num_groups = group_size, len(devices)
         self.compile_seconds = 0.0
-        mesh = make_mesh({"data": -1}, devices)
+        self.mesh = mesh = make_mesh({"data": -1}, devices)
         self._rows = sharding.batch_sharding(mesh)
         # The decoder is not needed.
         params = {"encoder": vae_params["encoder"]}

@@ -13,13 +13,15 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from nextstep_jax.data.arrangement import LayoutConfig
 from nextstep_jax.data.buckets import grid_of
 from nextstep_jax.data.photographs import PhotographSource
-from nextstep_jax.data.pipeline import DataConfig, stage_configs
+from nextstep_jax.data.pipeline import DataConfig, layout_of
 from nextstep_jax.data.records import RecordSource, check_records
 from nextstep_jax.data.shapes import ShapesSource
 from nextstep_jax.data.sources import DocumentSource, ImageFolderSource
 from nextstep_jax.data.text_tokenizer import TextTokenizer, train_bpe
+from nextstep_jax.data.tolerance import good_documents
 from nextstep_jax.models.config import (
     DECODERS,
     FLOW_HEADS,
@@ -39,7 +41,7 @@ from nextstep_jax.training.tokenizer import PerceptualNetwork, TokenizerConfig, 
 Config = Mapping[str, Any] | ConfigDict
 
 MODEL_SECTIONS = {
-    *("image_size", "model", "sources", "data", "loss", "optimizer", "loop"),
+    *("image_size", "model", "sources", "data", "layout", "loss", "optimizer", "loop"),
     *("sampling", "score", "dtype", "attention", "remat"),
 }
 
@@ -98,10 +100,19 @@ def optimizer_defaults(**changes: Any) -> dict[str, Any]:
 
 
 def data_defaults(**changes: Any) -> dict[str, Any]:
-    """`defaults` of the data; the images' size stands once, in the experiment's `image_size`."""
-    values = defaults(DataConfig, **changes)
-    values.pop("image_bases")
-    return values
+    """`defaults` of the data; the layout has a section of its own."""
+    return defaults(DataConfig, **changes)
+
+
+def layout_defaults(**changes: Any) -> dict[str, Any]:
+    """`defaults` of the layout, without what follows from the model.
+
+    The images' size stands once, in the experiment's `image_size`, unless `image_bases` are given.
+    """
+    values = defaults(LayoutConfig)
+    for name in ("image_bases", "pixels_per_token"):
+        values.pop(name)
+    return {**values, **changes}
 
 
 def check_sections(config: Config, known: set[str]) -> None:
@@ -211,6 +222,14 @@ def build_sources(
     }
 
 
+def build_data(config: Config) -> DataConfig:
+    """The data, from sections data and layout."""
+    # One number says how large pictures are, here and in the sampler, unless there are several.
+    values = {"image_bases": (config["image_size"],), **config.get("layout", {})}
+    layout = build(LayoutConfig, values, "layout")
+    return build(DataConfig, {**config["data"], "layout": layout}, "data")
+
+
 def load_or_train_text_tokenizer(
     path: pathlib.Path, sources: Mapping[str, tuple[DocumentSource, float]], vocab_size: int
 ) -> TextTokenizer:
@@ -220,8 +239,8 @@ def load_or_train_text_tokenizer(
     texts = (
         part.text
         for source, _ in sources.values()
-        for i in range(min(len(source), _NUM_TOKENIZER_DOCUMENTS))
-        for part in source[i].parts
+        for document in good_documents(source, _NUM_TOKENIZER_DOCUMENTS)
+        for part in document.parts
         if hasattr(part, "text")
     )
     # Size strings are text too.
@@ -258,16 +277,14 @@ def build_nextstep_task(
         attention=config.get("attention", "xla"),
         remat=config.get("remat", "none"),
     )
-    # One number says how large pictures are, here and in the sampler.
-    data = {"image_bases": (config["image_size"],), **config["data"]}
-    data = build(DataConfig, data, "data")
+    data = build_data(config)
     loss = build(LossConfig, config.get("loss", {}), "loss")
     loop = build_loop(config)
     if loop.optimizer.name == "muon":
         # Its matrices are convolutions: stacked layers and heads would be taken for such.
         raise ValueError("config.optimizer.name='muon' is for image tokenizers; take 'adamw'")
     sources = build_sources(config)
-    _check_records(sources, data, model_config, tokenizer, vae.config, vae_params)
+    _check_records(sources, data, model_config, vae.config, vae_params)
     args = (sources, tokenizer, data, loss, plain(config))
     return NextStepTask(model, vae, vae_params, *args), loop
 
@@ -288,9 +305,9 @@ def _dtype(config: Config) -> Any:
     return jnp.dtype(name)
 
 
-def _check_records(sources, data, model_config, tokenizer, vae_config, vae_params) -> None:
+def _check_records(sources, data, model_config, vae_config, vae_params) -> None:
     """Refuses records of another grid, width or image tokenizer than the run's."""
-    layout, _ = stage_configs(data, tokenizer, model_config)
+    layout = layout_of(data, model_config)
     grids = [grid_of(*size, model_config.pixels_per_token) for size in layout.image_sizes]
     for name, (source, _) in sources.items():
         if isinstance(source, RecordSource):

@@ -19,9 +19,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Key
 
+from nextstep_jax.data.statistics import DataReport
 from nextstep_jax.parallel import mesh as meshes
 from nextstep_jax.parallel import sharding
 from nextstep_jax.training.checkpoint import Checkpoint, CheckpointStore, Clock
@@ -55,8 +58,8 @@ class Task(Protocol):
     def dataset(self, process_index: int, process_count: int) -> Any:
         """A Grain IterDataset of dicts of arrays, the local part of the batch."""
 
-    def prepare(self, batch: Any) -> Any:
-        """The pipeline's arrays on the device -> what `loss` reads; frozen networks go here."""
+    def place(self, mesh: jax.sharding.Mesh, local: Any) -> Any:
+        """The pipeline's arrays -> what `loss` reads, on the mesh; frozen networks go here."""
 
     def num_samples(self, batch: Mapping[str, Any]) -> int:
         """Samples in a batch of the pipeline, for the clock."""
@@ -92,6 +95,10 @@ class LoopConfig:
         for name, smallest in {**least, "hook_every": 0}.items():
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {smallest}")
+
+    def is_logged(self, step: int) -> bool:
+        """Whether a line of metrics is written after so many steps."""
+        return step % self.log_every == 0 or step in (1, self.num_steps)
 
 
 # (step, state, writer): sample grids, evaluations; called between steps.
@@ -265,20 +272,22 @@ def _steps(task, config, setup, checkpoint, store, writer, hooks, stop) -> None:
     step_fn = None
     saved = step = int(checkpoint.state.step)
     began, seconds = time.monotonic(), checkpoint.clock.seconds
+    watch = _DataWatch(checkpoint.dataset)
     while step < config.num_steps and not stop.requested:
-        waited = time.monotonic()
-        local = next(checkpoint.dataset)
-        waited = time.monotonic() - waited
-        # The mesh is in scope for the step alone: hooks have devices of their own.
+        local = watch.next()
+        with jax.transfer_guard("disallow"):
+            batch = task.place(setup.mesh, local)
+        # The mesh is in scope for the step alone: frozen networks and hooks have their own.
         with jax.set_mesh(setup.mesh), jax.transfer_guard("disallow"):
-            batch = task.prepare(to_device(setup.mesh, local))
             if step_fn is None:
                 step_fn = _compile(setup, checkpoint.state, batch)
             checkpoint.state, metrics = step_fn(checkpoint.state, batch)
         step += 1
         checkpoint.clock.samples += task.num_samples(local)
         checkpoint.clock.seconds = seconds + time.monotonic() - began
-        extra = {**dataclasses.asdict(checkpoint.clock), "data_wait": waited}
+        extra = dataclasses.asdict(checkpoint.clock)
+        if config.is_logged(step):
+            extra |= watch.report()
         pending.push(step, metrics, extra)
         # NOTE: save before hooks, which may fail, and before the next batch is taken.
         if step % config.checkpoint_every == 0 or step == config.num_steps:
@@ -294,6 +303,38 @@ def _steps(task, config, setup, checkpoint, store, writer, hooks, stop) -> None:
         store.save(step, checkpoint)
     if stop.requested:
         logging.warning("stopped at step %d; a new start continues there", step)
+
+
+class _DataWatch:
+    """Takes batches, and says how long they were waited for and what they held."""
+
+    def __init__(self, dataset: Any):
+        self._dataset, self._began, self._waited = dataset, time.monotonic(), 0.0
+        self._report = lambda: {}
+        if hasattr(dataset, "counts"):
+            add_up = _sum_over_processes if jax.process_count() > 1 else None
+            self._report = DataReport(dataset.counts, add_up)
+
+    def next(self) -> Any:
+        """The next batch."""
+        began = time.monotonic()
+        batch = next(self._dataset)
+        self._waited += time.monotonic() - began
+        return batch
+
+    def report(self) -> dict[str, float]:
+        """Of the time since the last report, the share spent waiting; and the data's own."""
+        now = time.monotonic()
+        share = self._waited / max(now - self._began, 1e-9)
+        self._began, self._waited = now, 0.0
+        return {"data_wait_share": share, **self._report()}
+
+
+def _sum_over_processes(numbers: np.ndarray) -> np.ndarray:
+    """The sum of the int64 vectors of all processes."""
+    # As halves, which devices without 64 bits keep whole.
+    gathered = multihost_utils.process_allgather(numbers.view(np.int32))
+    return np.ascontiguousarray(gathered).view(np.int64).sum(axis=0)
 
 
 def _compile(setup: Setup, state: TrainState, batch: Any) -> Any:
@@ -359,7 +400,7 @@ class _Pending:
         step, metrics, extra = entry
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         check_finite(step, values)
-        if step % self._config.log_every == 0 or step in (1, self._config.num_steps):
+        if self._config.is_logged(step):
             # Lines count updates from 0, as the state did when the step began.
             self._writer.write(step - 1, {**values, **extra})
         shown = {k: v for k, v in values.items() if k == "loss" or k.endswith("_loss")}

@@ -1,7 +1,7 @@
 """What NextStep-1 is trained on: cross-entropy and flow matching over packed rows.
 
 L = w_text * L_text + w_image * L_image with weights 0.01 and 1 (arXiv 2508.10711, eq 2). Pixels
-become image tokens in a jitted encode of their own, keyed by image size; the loss sees tokens.
+become image tokens in a jitted encode of their own (`batch_encoding.py`); the loss sees tokens.
 
 Axes: batch, length, embed, token; n = image positions gathered from a row.
 """
@@ -16,20 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from nextstep_jax.data.buckets import ordered_image_keys
-from nextstep_jax.data.packing import PackingConfig
 from nextstep_jax.data.pipeline import (
     DataConfig,
     Sources,
+    layout_of,
     make_pipeline,
     pipeline_fingerprint,
-    stage_configs,
 )
 from nextstep_jax.data.text_tokenizer import TextTokenizer
 from nextstep_jax.flow.path import logit_normal_times
 from nextstep_jax.models.nextstep import NextStep, init_params
-from nextstep_jax.models.vae import VAE, from_uint8
-from nextstep_jax.parallel import sharding
+from nextstep_jax.models.vae import VAE
+from nextstep_jax.training.batch_encoding import BatchEncoder
+from nextstep_jax.training.loop import to_device
 from nextstep_jax.training.losses import (
     chunked_cross_entropy,
     flow_matching_error,
@@ -49,43 +48,17 @@ class LossConfig:
         text_weight: Weight of the cross-entropy (paper, Table 1).
         image_weight: Weight of the flow loss (paper, Table 1).
         text_chunk: Positions of a row whose logits exist at one time. Ours: memory against speed.
-        image_positions: Image positions gathered from a row. None gathers the whole row; less is
-            faster, and must suffice for the fullest row (`most_image_tokens`). Ours.
+        image_positions: Image positions gathered from a row. None gathers as many as a row may
+            hold: `data.max_image_tokens`, or the whole row without such a limit. Ours.
+        images_per_encode: Images of pixels that a device encodes at once; see `BatchEncoder`.
+            Ours.
     """
 
     text_weight: float = 0.01
     image_weight: float = 1.0
     text_chunk: int = 512
     image_positions: int | None = None
-
-
-def encode_images(
-    vae: VAE, vae_params: Any, batch: Batch, patch_size: int
-) -> Float[Array, "batch length token"]:
-    """The pixels of packed rows as latents in their places.
-
-    Args:
-        vae: The frozen image tokenizer.
-        vae_params: Its parameters.
-        batch: `images`, a dict "HxW" -> uint8 (batch, I, H, W, 3), and `image_index`, int32
-            (batch, length): an image token's place among the row's tokens, sizes in ascending
-            order, or -1.
-        patch_size: Latent pixels along one side of a token.
-
-    Returns:
-        float32 (batch, length, token), zero off images.
-    """
-    images = batch["images"]
-    buffers = []
-    for size in ordered_image_keys(images):
-        pixels = images[size]
-        rows, slots = pixels.shape[:2]
-        flat = from_uint8(pixels.reshape(rows * slots, *pixels.shape[2:]))
-        tokens = vae.apply({"params": vae_params}, flat, patch_size, method="encode_tokens")
-        buffers.append(tokens.reshape(rows, slots * tokens.shape[1], tokens.shape[2]))
-    index = batch["image_index"][..., None]
-    latents = jnp.take_along_axis(jnp.concatenate(buffers, axis=1), jnp.maximum(index, 0), axis=1)
-    return jnp.where(index >= 0, latents, 0.0)
+    images_per_encode: int = 8
 
 
 def nextstep_losses(
@@ -136,17 +109,6 @@ def nextstep_losses(
     return text_loss, weighted_mean(jnp.sum(weights * error), weights)
 
 
-def most_image_tokens(packing: PackingConfig) -> int:
-    """Image tokens that no packed row exceeds, by its length and its slots.
-
-    Documents that carry latents take no slots, so that only the length bounds them.
-    """
-    if packing.latent_dim is not None:
-        return packing.row_length
-    in_slots = sum(packing.slots_of(size) * packing.tokens_of(size) for size in packing.image_sizes)
-    return min(packing.row_length, in_slots)
-
-
 def tree_digest(tree: Any) -> str:
     """A short digest of the values of a tree of arrays, for fingerprints."""
     digest = hashlib.blake2b(digest_size=8)
@@ -177,25 +139,27 @@ class NextStepTask:
             ValueError: A row could hold more image tokens than `loss.image_positions`, and the
                 rest would silently not be trained.
         """
-        _, packing = stage_configs(data, tokenizer, model.config)
-        most, gathered = most_image_tokens(packing), loss.image_positions
+        layout_of(data, model.config)
+        most, gathered = data.max_image_tokens or data.row_length, loss.image_positions
         if gathered is not None and gathered < most:
             raise ValueError(
                 f"loss.image_positions={gathered}, but a row of data.row_length={data.row_length}"
-                f" with data.max_images_per_row={data.max_images_per_row} can hold {most} image"
+                f" with data.max_image_tokens={data.max_image_tokens} can hold {most} image"
                 f" tokens: image_positions must be at least {most}, or None"
             )
+        self._num_positions = min(gathered or most, data.row_length)
         self.config = config
         self.fingerprint = {
-            **pipeline_fingerprint(data, sources, tokenizer, model.config, jax.process_count()),
+            **pipeline_fingerprint(data, sources, tokenizer, model.config),
             # Other weights give other tokens: as much part of the data as the pixels.
             "image_tokenizer": tree_digest(vae_params),
         }
-        self._model, self._vae_params, self._vae_mesh = model, vae_params, None
-        self._data, self._loss = data, loss
+        self._model, self._data, self._loss = model, data, loss
         self._sources, self._tokenizer = sources, tokenizer
-        patch = model.config.patch_size
-        self._encode = jax.jit(lambda params, batch: encode_images(vae, params, batch, patch))
+        self._encoder = None
+        if vae is not None:
+            args = (model.config.patch_size, loss.images_per_encode)
+            self._encoder = BatchEncoder(vae, vae_params, *args)
 
     def init_params(self, key: Key[Array, ""]) -> Any:
         """Published initialisers."""
@@ -212,29 +176,20 @@ class NextStepTask:
             process_count,
         )
 
-    def prepare(self, batch: Batch) -> Batch:
-        """Pixels to latents."""
-        if "images" not in batch:
+    def place(self, mesh: jax.sharding.Mesh, local: Batch) -> Batch:
+        """On the devices, with latents in place of pixels."""
+        on_host = ("images", "image_slots", "kinds", "document_ids")
+        batch = to_device(mesh, {k: v for k, v in local.items() if k not in on_host})
+        if "images" not in local:
             return batch
-        rest = {k: v for k, v in batch.items() if k not in ("images", "image_index")}
-        images = {"images": batch["images"], "image_index": batch["image_index"]}
-        return {**rest, "latents": self._encode(self._placed_vae_params(batch), images)}
-
-    def _placed_vae_params(self, batch: Batch) -> Any:
-        """On all devices of the batch; as read from disk they lie on the first alone."""
-        mesh = batch["image_index"].sharding.mesh
-        if mesh != self._vae_mesh:
-            self._vae_params = jax.device_put(self._vae_params, sharding.replicated(mesh))
-            self._vae_mesh = mesh
-        return self._vae_params
+        return {**batch, "latents": self._encoder(mesh, local)}
 
     def loss(
         self, params: Any, batch: Batch, key: Key[Array, ""]
     ) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
         """w_text * L_text + w_image * L_image and its parts."""
-        rows, length = batch["token_ids"].shape
-        num_positions = min(self._loss.image_positions or length, length)
-        shape = (self._model.config.flow_head.draws_per_token, rows, num_positions)
+        rows = len(batch["token_ids"])
+        shape = (self._model.config.flow_head.draws_per_token, rows, self._num_positions)
         time_key, noise_key = jax.random.split(key)
         times = logit_normal_times(time_key, shape)
         noise = jax.random.normal(noise_key, (*shape, self._model.config.token_dim))

@@ -28,6 +28,7 @@ from nextstep_jax.models.config import to_dict
 from nextstep_jax.models.latents import latents_of
 from nextstep_jax.models.vae import VAE, from_uint8
 from nextstep_jax.parallel import sharding
+from nextstep_jax.training.loop import to_device
 from nextstep_jax.training.pretrain import tree_digest
 from nextstep_jax.training.tokenizer_losses import (
     disturb_latents,
@@ -202,6 +203,10 @@ class TokenizerTask:
         return dataset.to_iter_dataset(options).batch(
             train.batch_size // process_count, drop_remainder=True
         )
+
+    def place(self, mesh: jax.sharding.Mesh, local: Mapping[str, Any]) -> Mapping[str, Any]:
+        """On the devices, with what the loss needs besides."""
+        return self.prepare(to_device(mesh, local))
 
     def prepare(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """Adds the weights of the perceptual network, laid out once on the batch's devices."""

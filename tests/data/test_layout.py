@@ -1,3 +1,4 @@
+import dataclasses
 import io
 
 import numpy as np
@@ -27,14 +28,16 @@ def document(kind, *parts):
     return Document(parts=parts, id="7", source="toy", kind=kind)
 
 
+# Nothing is left to chance.
+FIXED = {
+    **dict.fromkeys(("capitalize_prob", "edit_images_last_prob", "drop_text_prob"), 0.0),
+    **dict.fromkeys(("edit_drop_two_prob", "edit_drop_three_prob"), 0.0),
+}
+
+
 def lay_out(doc, tokenizer, config=SMALL, image_first=False, seed=0):
     prob = {True: 1.0, False: 0.0}[image_first]
-    config = layout.LayoutConfig(
-        image_first_prob=prob,
-        image_bases=config.image_bases,
-        square_only=config.square_only,
-        pixels_per_token=config.pixels_per_token,
-    )
+    config = dataclasses.replace(config, image_first_prob=prob, **FIXED)
     return layout.lay_out(doc, tokenizer, config, np.random.default_rng(seed))
 
 
@@ -103,7 +106,7 @@ def test_interleaved(tokenizer):
 
 
 def test_an_empty_caption_leaves_eos_after_the_image_untrained(tokenizer):
-    sequence = lay_out(document("pair", Text(""), picture()), tokenizer, image_first=True)
+    sequence = lay_out(document("interleaved", picture(), Text("")), tokenizer)
     assert_is(sequence, [*BLOCK, EOS], [*BLOCK_TEXT, 0], [*BLOCK_IMAGE, 0])
 
 
@@ -136,18 +139,6 @@ def test_encoded_images_and_latents(tokenizer):
     sequence = lay_out(doc, tokenizer)
     assert sequence.token_ids.tolist() == [A, AREA, ONE, STAR, TWO, BOI, X, X, EOI, EOS]
     assert sequence.images[0] is latents
-
-
-def test_image_first_with_its_probability(tokenizer):
-    doc = document("pair", Text("a"), picture())
-    config = layout.LayoutConfig(image_bases=(32,))
-    n = 2000
-    first = sum(
-        isinstance(layout.arrange_parts(doc, config, np.random.default_rng([3, i]))[0], Image)
-        for i in range(n)
-    )
-    # Four standard deviations of a binomial with p = 0.3.
-    assert abs(first - 0.3 * n) < 4 * (n * 0.3 * 0.7) ** 0.5
 
 
 def test_prompts_begin_like_the_training_layout(tokenizer):
@@ -185,6 +176,9 @@ def test_prompts_begin_like_the_training_layout(tokenizer):
         ("pair", (Text("a"),), "kind 'pair' has one text and one image; found 1 texts and 0"),
         ("edit", (Text("a"), picture()), "kind 'edit' has an instruction and two or more images"),
         ("interleaved", (), "at least one part"),
+        ("pair", (Text(" \n"), picture()), "the text is blank"),
+        ("pair", (Text("a"), picture(size=(15, 32))), "an image of 15x32 pixels"),
+        ("pair", (Text("a"), picture(size=(16, 97))), "an image of 16x97 pixels"),
         ("pair", (Text("a"), Image(encoded=b"?")), "cannot decode the image"),
         (
             "pair",
@@ -212,3 +206,24 @@ def test_bad_configs_are_refused():
         layout.LayoutConfig(image_bases=(256, 100))
     with pytest.raises(ValueError, match="image_bases must name"):
         layout.LayoutConfig(image_bases=())
+    with pytest.raises(ValueError, match=r"edit_drop_text_share=-0\.1 must lie in \[0, 1\]"):
+        layout.LayoutConfig(edit_drop_text_share=-0.1)
+    with pytest.raises(ValueError, match=r"max_aspect_ratio=0\.5 must be at least 1"):
+        layout.LayoutConfig(max_aspect_ratio=0.5)
+    with pytest.raises(ValueError, match=r"caption_ratios=.* must be finite and not negative"):
+        layout.LayoutConfig(caption_ratios={"long": -1.0})
+
+
+def test_a_random_crop_is_a_cut_of_the_covering_image(tokenizer):
+    wide = np.random.default_rng(0).integers(0, 256, (32, 96, 3), np.uint8)
+    doc = document("pair", Text("a"), Image(pixels=wide))
+    config = dataclasses.replace(SMALL, random_crop=True)
+    starts = set()
+    for seed in range(30):
+        (cut,) = lay_out(doc, tokenizer, config, seed=seed).images
+        # Along the side that sticks out the box lies between pixels: find the nearest whole one.
+        errors = [np.abs(wide[:, x : x + 32].astype(int) - cut).mean() for x in range(65)]
+        starts.add(int(np.argmin(errors)))
+    assert len(starts) > 20 and min(starts) < 16 and max(starts) > 48
+    (centre,) = lay_out(doc, tokenizer).images
+    np.testing.assert_array_equal(centre, wide[:, 32:64])

@@ -1,11 +1,13 @@
 import collections
-import dataclasses
+import itertools
+import json
 
-import grain
 import numpy as np
 import pytest
 
-from nextstep_jax.data import buckets, layout, packing
+from nextstep_jax.data import collate, layout, packing
+from nextstep_jax.data.faults import DocumentError
+from nextstep_jax.data.packing import Packer, PackingConfig, Piece
 from nextstep_jax.data.schema import Document, Image, Sequence, Text
 
 EOS, PAD, AREA, BOI, EOI, X = 0, 1, 2, 3, 4, 5
@@ -13,28 +15,45 @@ LAYOUT = layout.LayoutConfig(image_first_prob=0.5, image_bases=(32, 64), square_
 STRIDE = 16
 
 
-def config(row_length=100, **changes):
-    values = {"pad_id": PAD, "image_sizes": LAYOUT.image_sizes, "num_packing_bins": 4}
-    return packing.PackingConfig(row_length, **(values | changes))
+def form(row_length=100, **changes):
+    return collate.CollateConfig(row_length, PAD, **changes)
 
 
-def rows_of(sequences, packing_config):
-    dataset = grain.MapDataset.source(list(sequences)).to_iter_dataset()
-    return list(packing.pack(dataset, packing_config))
-
-
-def sequence_of(token_ids, name="s/0"):
+def sequence_of(token_ids, name="s/0", image=False):
+    """Plain text, or with `image` an image of one token at the end."""
     length = len(token_ids)
+    at_image = np.arange(length) == length - 1 if image else np.zeros(length, bool)
     return Sequence(
         token_ids=np.array(token_ids, np.int32),
         text_weights=np.ones(length, np.float32),
         image_weights=np.zeros(length, np.float32),
-        image_ref=np.full(length, -1, np.int32),
-        images=(),
-        grids=(),
+        image_ref=np.where(at_image, 0, -1).astype(np.int32),
+        images=(np.full((16, 16, 3), token_ids[0], np.uint8),) if image else (),
+        grids=((1, 1),) if image else (),
         document_id=name,
-        kind="text",
+        kind="pair" if image else "text",
     )
+
+
+def pack(sequences, config):
+    """All rows of some sequences: those that were closed, then those left open, then the text."""
+    packer, rows = Packer(config), []
+    for position, sequence in enumerate(sequences):
+        packing.check_fits(sequence, config)
+        rows += packer.add(Piece.whole(sequence, "s", position))
+    state = json.loads(json.dumps(packer.get_state()))
+
+    def resolve(reference):
+        source, position, start, end = reference
+        return Piece(sequences[position], source, position, start, end)
+
+    left = [packing.row_of(references, resolve) for references in state["open"]]
+    rest = packing.row_of(state["texts"], resolve)
+    return rows, left, rest
+
+
+def ids(row):
+    return [[int(i) for i in p.sequence.token_ids[p.start : p.end]] for p in row.pieces]
 
 
 def random_documents(n, seed=0):
@@ -46,7 +65,7 @@ def random_documents(n, seed=0):
         return Image(pixels=rng.integers(0, 256, (side, side, 3), np.uint8), loss=loss)
 
     def text():
-        return Text("".join(rng.choice(list("abcdef "), rng.integers(1, 20))))
+        return Text("x" + "".join(rng.choice(list("abcdef "), rng.integers(1, 20))))
 
     makers = {
         "text": lambda: (text(),),
@@ -76,206 +95,213 @@ def encode(pixels):
     return np.moveaxis(patches, -4, -3).reshape(*lead, rows * columns, STRIDE * STRIDE * 3)
 
 
-def segments_of(row):
-    for segment in range(1, row["segment_ids"].max() + 1):
-        yield np.flatnonzero(row["segment_ids"] == segment)
+# Packing
 
 
-def test_a_row_by_hand():
-    # Lengths 5, 3, 2, 4 into rows of 8: 5 + 3 fills the first; 2 + 4 stay in the second.
-    sequences = [sequence_of([10 * k + i for i in range(n)]) for k, n in enumerate((5, 3, 2, 4), 1)]
-    rows = rows_of(sequences, config(8, image_sizes=()))
-    rows.sort(key=lambda row: row["token_ids"][0])
-    assert [row["token_ids"].tolist() for row in rows] == [
-        [10, 11, 12, 13, 14, 20, 21, 22],
-        [30, 31, 40, 41, 42, 43, PAD, PAD],
+def test_plain_text_is_concatenated_and_cut():
+    sequences = [
+        sequence_of(list(range(10 * k, 10 * k + n))) for k, n in enumerate((5, 3, 9, 4), 1)
     ]
-    assert [row["segment_ids"].tolist() for row in rows] == [
-        [1, 1, 1, 1, 1, 2, 2, 2],
-        [1, 1, 2, 2, 2, 2, 0, 0],
+    rows, left, rest = pack(sequences, PackingConfig(8))
+    assert [ids(row) for row in [*rows, *left]] == [
+        [[10, 11, 12, 13, 14], [20, 21, 22]],
+        [[30, 31, 32, 33, 34, 35, 36, 37]],
     ]
-    assert [row["positions"].tolist() for row in rows] == [
-        [0, 1, 2, 3, 4, 0, 1, 2],
-        [0, 1, 0, 1, 2, 3, 0, 0],
+    assert ids(rest) == [[38], [40, 41, 42, 43]]
+    # One text of several rows.
+    rows, left, rest = pack([sequence_of(list(range(25)))], PackingConfig(10, num_open_rows=1))
+    assert len(left) == 1
+    assert [ids(row) for row in [*rows, *left]] == [[list(range(10))], [list(range(10, 20))]]
+    assert ids(rest) == [list(range(20, 25))]
+
+
+def test_best_fit_takes_the_tightest_row_and_the_oldest_is_closed():
+    # 6 and 7 open two rows of 10 with 4 and 3 free; 3 fits both and goes to the second; 4 to the
+    # first; 5 fits neither and closes the oldest, which is the first.
+    sizes = ((10, 6), (20, 7), (30, 3), (40, 4), (50, 5))
+    sequences = [sequence_of([k] * n, image=True) for k, n in sizes]
+    rows, left, _ = pack(sequences, PackingConfig(10, num_open_rows=2))
+    assert [ids(row) for row in rows] == [[[10] * 6, [40] * 4]]
+    assert [ids(row) for row in left] == [[[20] * 7, [30] * 3], [[50] * 5]]
+
+
+def test_gaps_are_filled_with_plain_text():
+    text = sequence_of(list(range(100, 112)))
+    images = [sequence_of([k] * 7, image=True) for k in (1, 2, 3)]
+    config = PackingConfig(10, num_open_rows=1, least_text_piece=3)
+    # The text of 12 fills a row; its rest of 2 and then nothing fill the gaps of 3.
+    rows, left, rest = pack([text, *images], config)
+    assert [ids(row) for row in rows] == [
+        [list(range(100, 110))],
+        [[1] * 7, [110, 111]],
+        [[2] * 7],
     ]
-    assert [row["text_weights"].tolist() for row in rows] == [
-        [0, 1, 1, 1, 1, 0, 1, 1],
-        [0, 1, 0, 1, 1, 1, 0, 0],
-    ]
-    assert [packing.padding_share(row) for row in rows] == [0.0, 0.25]
-    for row in rows:
-        assert row["image_index"].tolist() == [-1] * 8 and row["images"] == {}
-        assert row["image_weights"].tolist() == [0] * 8
-        dtypes = {name: row[name].dtype.name for name in row if name != "images"}
-        assert dtypes == {
-            "token_ids": "int32",
-            "segment_ids": "int32",
-            "positions": "int32",
-            "text_weights": "float32",
-            "image_weights": "float32",
-            "image_index": "int32",
-        }
+    assert [ids(row) for row in left] == [[[3] * 7]] and ids(rest) == []
+    # A longer rest is cut to fit, but not to less than least_text_piece.
+    rows, _, rest = pack([sequence_of(list(range(100, 109))), *images], config)
+    assert [ids(row) for row in rows] == [[[1] * 7, [100, 101, 102]], [[2] * 7, [103, 104, 105]]]
+    assert ids(rest) == [[106, 107, 108]]
+    whole = PackingConfig(10, num_open_rows=1, least_text_piece=4)
+    rows, _, rest = pack([sequence_of(list(range(100, 109))), *images], whole)
+    assert [ids(row) for row in rows] == [[[1] * 7], [[2] * 7]] and len(rest.pieces) == 1
 
 
-def test_best_fit_takes_the_tightest_row():
-    # 6 and 7 open two rows of 10 each with 4 and 3 free; 3 fits both and goes to the second.
-    sequences = [sequence_of([k] * n) for k, n in ((10, 6), (20, 7), (30, 3), (40, 4))]
-    rows = rows_of(sequences, config(10, image_sizes=(), num_packing_bins=2))
-    assert {tuple(row["token_ids"]) for row in rows} == {
-        (10,) * 6 + (40,) * 4,
-        (20,) * 7 + (30,) * 3,
-    }
+def test_a_limit_on_image_tokens_spreads_images_over_rows(tokenizer):
+    sequences = [s for s in lay_out_all(random_documents(60), tokenizer) if len(s.images) == 1]
+    rows, left, _ = pack(sequences, PackingConfig(1000, max_image_tokens=32, num_open_rows=8))
+    counts = [sum((p.sequence.token_ids == X).sum() for p in row.pieces) for row in [*rows, *left]]
+    assert max(counts) == 32 == max(row.num_image_tokens for row in [*rows, *left])
+    assert sum(counts) == sum((s.token_ids == X).sum() for s in sequences)
 
 
-def test_attending_across_documents_is_one_long_segment():
-    sequences = [sequence_of([11, 12, 13]), sequence_of([21, 22])]
-    (row,) = rows_of(sequences, config(7, image_sizes=(), attend_across_documents=True))
-    assert row["token_ids"].tolist() == [11, 12, 13, 21, 22, PAD, PAD]
-    assert row["segment_ids"].tolist() == [1, 1, 1, 1, 1, 0, 0]
-    assert row["positions"].tolist() == [0, 1, 2, 3, 4, 0, 0]
-    # The second document's first token has a predecessor now.
-    assert row["text_weights"].tolist() == [0, 1, 1, 1, 1, 0, 0]
-
-
-def test_every_document_arrives_once_and_whole(tokenizer):
+def test_every_token_arrives_once_and_images_whole(tokenizer):
     sequences = lay_out_all(random_documents(150), tokenizer)
-    rows = rows_of(sequences, config(120))
-    assert {len(row["token_ids"]) for row in rows} == {120}
+    rows, left, rest = pack(sequences, PackingConfig(120, num_open_rows=4, least_text_piece=2))
+    pieces = [piece for row in [*rows, *left, rest] for piece in row.pieces]
+    covered = collections.defaultdict(list)
+    for piece in pieces:
+        covered[piece.position].append((piece.start, piece.end))
+    assert sorted(covered) == list(range(150))
+    for position, spans in covered.items():
+        spans.sort()
+        sequence = sequences[position]
+        assert spans[0][0] == 0 and spans[-1][1] == len(sequence)
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
+        assert len(spans) == 1 or not sequence.images
+    for row in rows:
+        assert row.num_tokens == sum(map(len, row.pieces)) <= 120
+    assert any(len(spans) > 1 for spans in covered.values())
+    tokens = sum(row.num_tokens for row in rows)
+    assert 1 - tokens / (120 * len(rows)) < 0.12  # Documents of 30 to 70 tokens, four open rows.
 
-    def key(ids, text_weights, image_weights):
-        # The weight of the first position is the only thing packing may change.
-        return tuple(ids), tuple(text_weights[1:]), tuple(image_weights)
 
-    sent = collections.Counter(key(s.token_ids, s.text_weights, s.image_weights) for s in sequences)
-    arrived = collections.Counter(
-        key(row["token_ids"][at], row["text_weights"][at], row["image_weights"][at])
-        for row in rows
-        for at in segments_of(row)
+def test_a_packer_continues_from_its_state(tokenizer):
+    sequences = lay_out_all(random_documents(90, seed=2), tokenizer)
+    config = PackingConfig(120, num_open_rows=3)
+
+    def resolve(reference):
+        source, position, start, end = reference
+        return Piece(sequences[position], source, position, start, end)
+
+    whole = [row for row in pack(sequences, config)[0]]
+    for stop in (1, 30, 71):
+        first, second = Packer(config), Packer(config)
+        rows = [r for i in range(stop) for r in first.add(Piece.whole(sequences[i], "s", i))]
+        second.set_state(json.loads(json.dumps(first.get_state())), resolve)
+        for i in range(stop, len(sequences)):
+            rows += second.add(Piece.whole(sequences[i], "s", i))
+        assert [[p.reference for p in row.pieces] for row in rows] == [
+            [p.reference for p in row.pieces] for row in whole
+        ]
+
+
+def test_what_does_not_fit_is_refused_by_name(tokenizer):
+    small = Image(pixels=np.zeros((32, 32, 3), np.uint8))
+
+    def refused(parts, kind, config, message):
+        document = Document(parts, "long", "s", kind)
+        sequence = layout.lay_out(document, tokenizer, LAYOUT, np.random.default_rng(0))
+        with pytest.raises(DocumentError, match=f"document s/long: {message}") as error:
+            packing.check_fits(sequence, config)
+        assert error.value.reason == "too_long"
+
+    pair = (Text("a" * 50), small)
+    refused(pair, "pair", PackingConfig(40), "61 tokens do not fit into row_length=40; .* split")
+    refused(
+        (small,) * 3,
+        "interleaved",
+        PackingConfig(80, max_image_tokens=11),
+        "12 image tokens do not fit into a row of max_image_tokens=11",
     )
-    assert arrived == sent and sum(arrived.values()) == 150
-    for row in rows:
-        for at in segments_of(row):
-            assert (np.diff(at) == 1).all()
-            np.testing.assert_array_equal(row["positions"][at], np.arange(len(at)))
-            assert row["text_weights"][at[0]] == 0
-        padding = row["segment_ids"] == 0
-        assert (row["token_ids"][padding] == PAD).all()
-        assert (row["image_index"][padding] == -1).all()
-        np.testing.assert_array_equal(row["image_index"] >= 0, row["token_ids"] == X)
-    assert max(row["segment_ids"].max() for row in rows) >= 4
-    num_tokens = sum(map(len, sequences))
-    padding = np.mean([packing.padding_share(row) for row in rows])
-    np.testing.assert_allclose(padding, 1 - num_tokens / (120 * len(rows)), rtol=1e-12)
+    packing.check_fits(sequence_of(list(range(500))), PackingConfig(40))  # Text is cut.
 
 
-def test_image_index_gathers_each_documents_own_tokens(tokenizer):
-    documents = random_documents(80, seed=5)
-    sequences = lay_out_all(documents, tokenizer)
+def test_bad_configs_are_refused():
+    with pytest.raises(ValueError, match="num_open_rows=0 must be at least 1"):
+        PackingConfig(10, num_open_rows=0)
+    with pytest.raises(ValueError, match="row_length=0 must be at least 1"):
+        PackingConfig(0)
+
+
+# Batches
+
+
+def test_a_batch_by_hand():
+    sequences = [sequence_of([10 * k + i for i in range(n)]) for k, n in enumerate((5, 3, 2), 1)]
+    picture = sequence_of([40, 41, 42], image=True)
+    rows = [packing.Row(), packing.Row()]
+    for row, pieces in zip(rows, ((0, 1), (2,)), strict=True):
+        for position in pieces:
+            row.add(Piece.whole(sequences[position], "s", position))
+    rows[1].add(Piece.whole(picture, "p", 0))
+    batch = collate.collate(rows, form(8))
+    expected = {
+        "token_ids": [[10, 11, 12, 13, 14, 20, 21, 22], [30, 31, 40, 41, 42, PAD, PAD, PAD]],
+        "segment_ids": [[1, 1, 1, 1, 1, 2, 2, 2], [1, 1, 2, 2, 2, 0, 0, 0]],
+        "positions": [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 0, 1, 2, 0, 0, 0]],
+        "text_weights": [[0, 1, 1, 1, 1, 0, 1, 1], [0, 1, 0, 1, 1, 0, 0, 0]],
+        "image_weights": [[0] * 8] * 2,
+        "kinds": [[1] * 8, [1, 1, 2, 2, 2, 0, 0, 0]],
+    }
+    assert {name: batch[name].tolist() for name in expected} == expected
+    assert {name: batch[name].dtype.name for name in expected} == {
+        **dict.fromkeys(("token_ids", "segment_ids", "positions"), "int32"),
+        **dict.fromkeys(("text_weights", "image_weights"), "float32"),
+        "kinds": "int8",
+    }
+    assert batch["image_slots"]["16x16"].tolist() == [[8 + 4]]
+    np.testing.assert_array_equal(batch["images"]["16x16"], picture.images[0][None])
+    assert packing.padding_share(batch) == 3 / 16
+
+    # The released trainer's rows: the second document's first token has a predecessor now.
+    batch = collate.collate(rows, form(8, attend_across_documents=True))
+    assert batch["segment_ids"].tolist() == [[1] * 8, [1] * 5 + [0] * 3]
+    assert batch["positions"].tolist() == [list(range(8)), [0, 1, 2, 3, 4, 0, 0, 0]]
+    assert batch["text_weights"].tolist() == [[0] + [1] * 7, [0, 1, 1, 1, 1, 0, 0, 0]]
+
+
+def test_slots_are_where_each_documents_own_tokens_stand(tokenizer):
+    sequences = lay_out_all(random_documents(80, seed=5), tokenizer)
+    rows, left, _ = pack(sequences, PackingConfig(160, num_open_rows=4))
+    rows += left
+    batch = collate.collate(rows, form(160))
+    assert list(batch["images"]) == ["32x32", "64x64"]
+    # Every image's tokens, put in their places.
+    buffer = np.zeros((len(rows) * 160, 768), np.uint8)
+    for key, images in batch["images"].items():
+        buffer[batch["image_slots"][key]] = encode(images)
+    used = np.concatenate([slots.ravel() for slots in batch["image_slots"].values()])
+    assert len(set(used.tolist())) == len(used) == (batch["token_ids"] == X).sum() > 1000
     # What a document's placeholders must read, from the document alone; noise makes it unique.
-    expected = {}
-    for sequence in sequences:
-        tokens = [encode(image) for image in sequence.images]
-        own = np.concatenate(tokens) if tokens else np.zeros((0, 768), np.uint8)
-        expected.setdefault(tuple(sequence.token_ids), []).append(own)
-    rows = rows_of(sequences, config(160))
-    assert sorted(rows[0]["images"]) == ["32x32", "64x64"]
-    num_compared, sizes_in_a_row = 0, set()
-    for row in rows:
-        keys = buckets.ordered_image_keys(row["images"])
-        assert [row["images"][key].shape for key in keys] == [(20, 32, 32, 3), (8, 64, 64, 3)]
-        buffer = np.concatenate([encode(row["images"][key]).reshape(-1, 768) for key in keys])
-        used = row["image_index"][row["image_index"] >= 0]
-        assert len(set(used)) == len(used)
-        sizes_in_a_row.add((bool((used < 80).any()), bool((used >= 80).any())))
-        for at in segments_of(row):
-            index = row["image_index"][at]
-            gathered = buffer[index[index >= 0]]
-            candidates = expected[tuple(row["token_ids"][at])]
-            matches = [k for k, own in enumerate(candidates) if np.array_equal(own, gathered)]
-            assert matches
-            candidates.pop(matches[0])
-            num_compared += len(gathered)
-    assert not any(expected.values())
-    assert num_compared == sum(int((s.token_ids == X).sum()) for s in sequences) > 1000
-    assert (True, True) in sizes_in_a_row
+    for number, row in enumerate(rows):
+        start = number * 160
+        for piece in row.pieces:
+            here = buffer[start : start + len(piece)][
+                piece.sequence.token_ids[piece.start : piece.end] == X
+            ]
+            if piece.sequence.images:
+                own = np.concatenate([encode(image) for image in piece.sequence.images])
+                np.testing.assert_array_equal(here, own)
+            start += len(piece)
 
 
 def test_latents_stand_where_their_tokens_stand(tokenizer):
     rng = np.random.default_rng(0)
     latents = [rng.normal(size=(n, 64)).astype(np.float32) for n in (4, 6)]
-    documents = [
-        Document((Text("ab"), Image(latents=x, grid=(2, len(x) // 2))), str(i), "s", "pair")
-        for i, x in enumerate(latents)
-    ]
-    rule = layout.LayoutConfig(image_first_prob=0.0)
-    sequences = [layout.lay_out(d, tokenizer, rule, np.random.default_rng(0)) for d in documents]
-    (row,) = rows_of(sequences, config(40, latent_dim=64, num_packing_bins=1))
-    assert set(row) == {
-        "token_ids",
-        "segment_ids",
-        "positions",
-        "text_weights",
-        "image_weights",
-        "latents",
-    }
-    assert row["latents"].shape == (40, 64) and row["latents"].dtype == np.float32
-    np.testing.assert_array_equal(row["latents"][row["token_ids"] == X], np.concatenate(latents))
-    assert not row["latents"][row["token_ids"] != X].any()
-
-
-def test_long_text_is_cut_into_rows():
-    sequence = sequence_of(list(range(10, 35)))
-    rows = rows_of([sequence], config(10, image_sizes=()))
-    pieces = sorted(row["token_ids"][row["segment_ids"] > 0].tolist() for row in rows)
-    assert pieces == [list(range(10, 20)), list(range(20, 30)), list(range(30, 35))]
-    assert all(row["text_weights"][0] == 0 for row in rows)
-
-
-def test_what_does_not_fit_is_refused_by_name(tokenizer):
-    def refused(document, packing_config, message):
-        sequence = layout.lay_out(document, tokenizer, LAYOUT, np.random.default_rng(0))
-        with pytest.raises(ValueError, match=f"document s/long: .*{message}"):
-            rows_of([sequence], packing_config)
-
-    small = Image(pixels=np.zeros((32, 32, 3), np.uint8))
-    pair = Document((Text("a" * 50), small), "long", "s", "pair")
-    refused(pair, config(40), "61 tokens do not fit into row_length=40; .* are not split")
-    story = Document((small,) * 3, "long", "s", "interleaved")
-    refused(
-        story, config(80, max_images_per_row=2), r"3 images of size 32x32, but a row has 2 slots"
-    )
-    refused(story, config(80, image_sizes=((64, 64),)), "image size 32x32 is none of .*: 64x64")
-    refused(story, config(80, latent_dim=64), "must come as latents")
-    latents = Image(latents=np.zeros((1, 16), np.float32), grid=(1, 1))
-    thin = Document((latents,), "long", "s", "interleaved")
-    refused(thin, config(80), "must come as pixels")
-    refused(thin, config(80, latent_dim=64), "latents have width 16, the model takes 64")
-
-
-def test_slots_are_limited_by_what_a_row_can_hold():
-    # With the four tokens around them, images take 8 and 20 of the row's 100 tokens at least.
-    assert config(100).buffer_offsets == {(32, 32): 0, (64, 64): 12 * 4}
-    limits = config(100, max_images_per_row=8)
-    assert (limits.slots_of((32, 32)), limits.slots_of((64, 64))) == (8, 5)
-    assert limits.buffer_offsets == {(32, 32): 0, (64, 64): 8 * 4}
-    with pytest.raises(ValueError, match="row_length=19 is too short for an image of size 64x64"):
-        config(19)
-    assert config(20).slots_of((64, 64)) == 1
-    with pytest.raises(ValueError, match="num_packing_bins=0 must be at least 1"):
-        config(num_packing_bins=0)
-
-
-def test_a_limit_on_images_spreads_them_over_rows(tokenizer):
-    sequences = [s for s in lay_out_all(random_documents(60), tokenizer) if len(s.images) == 1]
-    rows = rows_of(sequences, config(1000, max_images_per_row=2, num_packing_bins=8))
-    used = [
-        [int(row["images"][key].any((1, 2, 3)).sum()) for key in ("32x32", "64x64")] for row in rows
-    ]
-    assert np.max(used) == 2 and np.sum(used) == len(sequences)
-
-
-def test_rows_resume(tokenizer):
-    sequences = lay_out_all(random_documents(15), tokenizer)
-    sequences.append(dataclasses.replace(sequence_of(list(range(10, 300))), document_id="cut"))
-    dataset = grain.MapDataset.source(sequences).to_iter_dataset()
-    grain.experimental.assert_equal_output_after_checkpoint(packing.pack(dataset, config(120)))
+    row = packing.Row()
+    for i, x in enumerate(latents):
+        image = Image(latents=x, grid=(2, len(x) // 2))
+        document = Document((Text("ab"), image), str(i), "s", "pair")
+        rule = layout.LayoutConfig(image_first_prob=0.0)
+        sequence = layout.lay_out(document, tokenizer, rule, np.random.default_rng(0))
+        row.add(Piece.whole(sequence, "s", i))
+    batch = collate.collate([row], form(40, latent_dim=64))
+    assert "images" not in batch and "image_slots" not in batch
+    assert batch["latents"].shape == (1, 40, 64) and batch["latents"].dtype == np.float32
+    is_image = batch["token_ids"] == X
+    np.testing.assert_array_equal(batch["latents"][is_image], np.concatenate(latents))
+    assert not batch["latents"][~is_image].any()
+    with pytest.raises(ValueError, match="document s/0: every image .* must come as pixels"):
+        collate.collate([row], form(40))
+    with pytest.raises(ValueError, match="document s/0: latents have width 64, the model takes 16"):
+        collate.collate([row], form(40, latent_dim=16))

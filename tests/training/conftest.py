@@ -32,13 +32,12 @@ TINY = {
     "data": {
         "row_length": 96,
         "rows_per_batch": 8,
-        "image_bases": [32],
-        "square_only": True,
-        "max_images_per_row": 4,
-        "num_packing_bins": 8,
+        "max_image_tokens": 16,
+        "num_open_rows": 8,
         "num_threads": 1,
     },
-    "loss": {"image_positions": 16, "text_chunk": 40},
+    "layout": {"square_only": True, "capitalize_prob": 0.0},
+    "loss": {"text_chunk": 40, "images_per_encode": 1},
     "optimizer": {"learning_rate": 1e-3, "warmup_steps": 4, "ema_decay": 0.9},
     "loop": {"num_steps": 8, "checkpoint_every": 4, "log_every": 1},
 }

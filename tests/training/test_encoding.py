@@ -21,7 +21,7 @@ from nextstep_jax.data.shapes import ShapesSource
 from nextstep_jax.models.nextstep import init_params
 from nextstep_jax.models.vae import VAE, from_uint8
 from nextstep_jax.parallel.mesh import make_mesh
-from nextstep_jax.training import experiment, loop
+from nextstep_jax.training import experiment
 from nextstep_jax.training.encoding import (
     SETTINGS,
     EncodingConfig,
@@ -367,16 +367,14 @@ def losses(make_config, tokenizer, vae, fill, tmp_path_factory):
 
     def make(source, **data):
         """A batch with its latents, and the task."""
-        changes = {"max_images_per_row": None, **data}
-        config = make_config(data=changes, loss={"image_positions": None})
+        config = make_config(data={"max_image_tokens": None, **data})
         config["sources"] = {"pair": source}
         task, _ = experiment.build_nextstep_task(config, vae.module, vae.params, tokenizer)
         iterator = iter(task.dataset(0, 1))
         local = next(iterator)
         iterator.close()
         mesh = make_mesh({"fsdp": 1}, jax.devices("cpu")[:1])
-        with jax.set_mesh(mesh):
-            batch = task.prepare(loop.to_device(mesh, local))
+        batch = task.place(mesh, local)
         return task, {k: jnp.asarray(np.asarray(v)) for k, v in batch.items()}
 
     tasks = {"pixels": make(source)}

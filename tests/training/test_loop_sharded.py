@@ -64,10 +64,13 @@ def start(make_task, fill):
 
 def with_latents(batch):
     """Random tokens in the places of the images, which are dropped."""
-    index = batch["image_index"][..., None]
-    tokens = np.random.default_rng(0).standard_normal((*index.shape[:2], 64))
-    rest = {k: v for k, v in batch.items() if k not in ("images", "image_index")}
-    return {**rest, "latents": np.float32(np.where(index >= 0, tokens, 0))}
+    shape = batch["token_ids"].shape
+    tokens = np.random.default_rng(0).standard_normal((*shape, 64))
+    is_image = np.zeros(shape, bool)
+    for slots in batch["image_slots"].values():
+        is_image.reshape(-1)[slots] = True
+    rest = {k: v for k, v in batch.items() if isinstance(v, np.ndarray) and k != "kinds"}
+    return {**rest, "latents": np.float32(np.where(is_image[..., None], tokens, 0))}
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from nextstep_jax.data.shapes import ShapesSource
 from nextstep_jax.models.nextstep import NextStep, init_params
 from nextstep_jax.models.vae import from_uint8
 from nextstep_jax.parallel.mesh import make_mesh
-from nextstep_jax.training import experiment, loop, pretrain
+from nextstep_jax.training import experiment, pretrain
+from nextstep_jax.training.batch_encoding import BatchEncoder
 from nextstep_jax.training.pretrain import LossConfig
 
 DRAWS, TOKEN = 2, 64
@@ -140,10 +141,11 @@ def test_loss_weights(make_task, fill):
     boxed = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     params = fill(nn.unbox(boxed))
     iterator = iter(task.dataset(0, 1))
-    batch = {k: jnp.asarray(v) for k, v in next(iterator).items() if k != "images"}
+    batch = {k: jnp.asarray(v) for k, v in next(iterator).items() if isinstance(v, np.ndarray)}
     iterator.close()
     latents = jax.random.normal(jax.random.key(5), (*batch["token_ids"].shape, TOKEN))
-    batch["latents"] = jnp.where(batch["image_index"][..., None] >= 0, latents, 0)
+    is_image = batch["token_ids"] == model.config.image_placeholder_id
+    batch["latents"] = jnp.where(is_image[..., None], latents, 0)
     loss, metrics = fast_jit(task.loss)(params, batch, jax.random.key(6))
     text, image = float(metrics["text_loss"]), float(metrics["image_loss"])
     assert float(loss) == pytest.approx(0.01 * text + image, rel=1e-6)
@@ -155,101 +157,91 @@ def test_loss_weights(make_task, fill):
     assert LossConfig() == LossConfig(0.01, 1.0, 512, None)
 
 
-def test_encoded_images_stand_in_their_places(vae, make_config):
-    """Two sizes, of which the larger number is the smaller string; every token by its index."""
+@pytest.mark.parametrize(("num_devices", "group_size"), [(1, 2), (4, 1)])
+def test_encoded_images_stand_in_their_places(vae, devices, num_devices, group_size):
+    """Two sizes, more images than a group and fewer than the next; every token by its place."""
     rng = np.random.default_rng(0)
+    rows, length = 4, 30
+    numbers = {"32x32": 5, "112x32": 3}
     images = {
-        name: rng.integers(0, 256, (2, slots, *map(int, name.split("x")), 3)).astype(np.uint8)
-        for name, slots in (("112x32", 2), ("32x32", 3))
+        key: rng.integers(0, 256, (number, *map(int, key.split("x")), 3)).astype(np.uint8)
+        for key, number in numbers.items()
     }
-    # Ascending sizes as numbers: 32x32 has 3 * 4 tokens, 112x32 has 2 * 14.
-    index = np.stack([rng.permutation(40)[:20] for _ in range(2)]).astype(np.int32)
-    index[:, ::3] = -1
-    batch = {"images": jax.tree.map(jnp.asarray, images), "image_index": jnp.asarray(index)}
-    latents = np.asarray(
-        fast_jit(lambda p, b: pretrain.encode_images(vae.module, p, b, 2))(vae.params, batch)
-    )
-    encode = fast_jit(
-        lambda pixels: vae.module.apply(
-            {"params": vae.params}, from_uint8(pixels), 2, method="encode_tokens"
+    # 5 * 4 and 3 * 14 tokens anywhere in the 120 places.
+    places = rng.permutation(rows * length)[:62].astype(np.int32)
+    slots = {"32x32": places[:20].reshape(5, 4), "112x32": places[20:].reshape(3, 14)}
+    batch = {"token_ids": np.zeros((rows, length), np.int32), "images": images, "image_slots": slots}
+    encoder = BatchEncoder(vae.module, vae.params, 2, group_size)
+    mesh = make_mesh({"fsdp": num_devices}, devices[:num_devices])
+    with jax.transfer_guard("disallow"):
+        latents = encoder(mesh, batch)
+    assert {s.data.shape for s in latents.addressable_shards} == {
+        (rows // num_devices, length, TOKEN)
+    }
+    assert latents.sharding.device_set == set(devices[:num_devices])
+    expected = np.zeros((rows * length, TOKEN), np.float32)
+    for key, pixels in images.items():
+        variables = {"params": vae.params}
+        expected[slots[key]] = vae.module.apply(
+            variables, from_uint8(pixels), 2, method="encode_tokens"
         )
+    np.testing.assert_allclose(
+        np.asarray(latents), expected.reshape(rows, length, TOKEN), atol=2e-5
     )
-    for row in range(2):
-        buffer = np.concatenate(
-            [
-                np.asarray(encode(images[name][row])).reshape(-1, TOKEN)
-                for name in ("32x32", "112x32")
-            ]
-        )
-        assert buffer.shape == (40, TOKEN)
-        for column in range(20):
-            place = index[row, column]
-            expected = buffer[place] if place >= 0 else np.zeros(TOKEN)
-            np.testing.assert_allclose(latents[row, column], expected, atol=2e-5)
 
 
-def test_prepare_on_eight_devices(make_task, devices):
+def test_a_batch_on_eight_devices(make_task, devices):
     """The encoder's parameters come from one device; the latents are split like the batch."""
     task, _ = make_task()
-    assert {d for x in jax.tree.leaves(task._vae_params) for d in x.devices()} == {devices[0]}
     iterator = iter(task.dataset(0, 1))
     local = next(iterator)
     iterator.close()
     results = []
     for number in (8, 1):
         mesh = make_mesh({"fsdp": number}, devices[:number])
-        with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
-            batch = task.prepare(loop.to_device(mesh, local))
-        assert set(batch) == {*local, "latents"} - {"images", "image_index"}
+        with jax.transfer_guard("disallow"):
+            batch = task.place(mesh, local)
+        on_host = {"images", "image_slots", "kinds", "document_ids"}
+        assert set(batch) == {*local, "latents"} - on_host
         assert len(batch["latents"].sharding.device_set) == number
         assert {s.data.shape[0] for s in batch["latents"].addressable_shards} == {8 // number}
         results.append(np.asarray(batch["latents"]))
     np.testing.assert_allclose(results[0], results[1], atol=2e-5)
-    is_image = local["image_index"] >= 0
+    is_image = local["token_ids"] == task._model.config.image_placeholder_id
     assert (np.abs(results[0]).max(-1) > 0).tolist() == is_image.tolist()
-    assert task.prepare(batch) is batch  # latents from disk need no encoder
+    # Latents from disk need no encoder.
+    stored = {k: v for k, v in local.items() if not k.startswith("image")}
+    again = task.place(mesh, {**stored, "latents": results[1]})
+    np.testing.assert_array_equal(np.asarray(again["latents"]), results[1])
 
 
 @pytest.mark.parametrize(
     ("data", "most"),
     [
-        ({}, 16),  # 4 slots of 4 tokens
-        ({"max_images_per_row": None}, 96 // 8 * 4),  # 12 images of 4 tokens and 4 around them
-        ({"image_bases": [64], "max_images_per_row": None}, 96 // 20 * 16),
-        ({"image_bases": [32, 64], "max_images_per_row": 3}, 3 * 4 + 3 * 16),
-        ({"image_bases": [32, 64], "max_images_per_row": None}, 96),  # the length bounds it
-        ({"latents": True}, 96),
+        ({}, 16),
+        ({"max_image_tokens": None}, 96),  # the length bounds it
+        ({"max_image_tokens": None, "latents": True}, 96),
     ],
 )
 def test_more_image_tokens_than_positions_are_refused(make_task, data, most):
     """Positions that are not gathered would never be trained."""
     for enough in (most, None):
         make_task(data=data, loss={"image_positions": enough})
-    match = rf"loss.image_positions={most - 1}, .*data.row_length=96.*max_images_per_row.* {most} "
+    match = rf"loss.image_positions={most - 1}, .*data.row_length=96.*max_image_tokens.* {most} "
     with pytest.raises(ValueError, match=match):
         make_task(data=data, loss={"image_positions": most - 1})
 
 
 def test_no_row_exceeds_the_bound(tokenizer, make_config):
     """On the densest rows that the packer makes of the built-in world."""
-    config = make_config(data={"max_images_per_row": None, "rows_per_batch": 2})
-    data = experiment.build(pipeline.DataConfig, config["data"], "data")
+    config = make_config(data={"rows_per_batch": 2})
+    data = experiment.build_data(config)
     model = experiment.build_model_config(config["model"])
-    most = pretrain.most_image_tokens(pipeline.stage_configs(data, tokenizer, model)[1])
     sources = {
         kind: (ShapesSource(kind, level="easy", image_size=32), 1.0) for kind in ("pair", "edit")
     }
     iterator = iter(pipeline.make_pipeline(sources, tokenizer, model, data))
-    counts = [(next(iterator)["image_index"] >= 0).sum(1).max() for _ in range(20)]
+    placeholder = model.image_placeholder_id
+    counts = [(next(iterator)["token_ids"] == placeholder).sum(1).max() for _ in range(20)]
     iterator.close()
-    assert 4 < max(counts) <= most
-
-
-def test_samples_and_fingerprint(make_task):
-    task, _ = make_task()
-    other, _ = make_task(data={"num_threads": 0})
-    assert task.fingerprint == other.fingerprint  # speed alone
-    assert task.fingerprint != make_task(data={"seed": 1})[0].fingerprint
-    segments = np.asarray([[1, 1, 2, 3, 0], [1, 1, 1, 1, 1]])
-    assert task.num_samples({"segment_ids": segments}) == 4
-    assert isinstance(task, loop.Task)
+    assert max(counts) == 16

@@ -1,0 +1,230 @@
+"""One virtual stream of a data set: documents in, packed rows out, in an order that nothing moves.
+
+The data of a run are cut into a fixed number of streams. Stream v takes the documents v, v + V,
+v + 2V ... of each source's endless shuffled order, mixes them, lays them out and packs them on
+its own. A process owns some of the streams. So the rows of a stream are a function of the seed
+and of how many were taken before, whichever process takes them, in whatever company, and with
+however many threads it reads.
+
+A document that cannot be used (`data/faults.py`) is skipped, counted by source and reason, and
+logged with its key; where too many of a source are bad, the stream stops with
+an error (`data/tolerance.py`).
+"""
+
+import collections
+import concurrent.futures
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import grain
+import numpy as np
+
+from nextstep_jax.data.arrangement import LayoutConfig
+from nextstep_jax.data.faults import DocumentError
+from nextstep_jax.data.layout import lay_out
+from nextstep_jax.data.mixture import Mixture
+from nextstep_jax.data.packing import (
+    Packer,
+    PackingConfig,
+    Piece,
+    Reference,
+    Row,
+    check_fits,
+    references_of,
+    row_of,
+)
+from nextstep_jax.data.schema import Sequence
+from nextstep_jax.data.sources import DocumentSource
+from nextstep_jax.data.statistics import SKIPPED, Counts
+from nextstep_jax.data.text_tokenizer import TextTokenizer
+from nextstep_jax.data.tolerance import Tally
+
+
+class Reader:
+    """Documents of one source by their number in its endless order, laid out.
+
+    The order is shuffled anew every epoch; the choices of the layout are a function of (seed,
+    epoch, name, document id).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: DocumentSource,
+        tokenizer: TextTokenizer,
+        layout: LayoutConfig,
+        packing: PackingConfig,
+        seed: int,
+        shuffle: bool,
+    ):
+        """Prepares for a source; nothing is read."""
+        order = grain.MapDataset.range(len(source))
+        if shuffle:
+            order = order.shuffle(seed=digest(f"{seed}/{name}"))
+        self._order = order.repeat()
+        self._name, self._source, self._seed = name, source, seed
+        self._tokenizer, self._layout, self._packing = tokenizer, layout, packing
+
+    def read(self, number: int) -> Sequence | DocumentError:
+        """The sequence of a document that fits into a row, or what is wrong with it."""
+        index = int(self._order[number])
+        try:
+            document = self._source[index]
+            epoch = number // len(self._source)
+            key = [self._seed, epoch, digest(self._name), digest(document.id)]
+            rng = np.random.default_rng(key)
+            sequence = lay_out(document, self._tokenizer, self._layout, rng)
+            check_fits(sequence, self._packing)
+            return sequence
+        except DocumentError as error:
+            return error.within(f"source {self._name!r}, document {index}")
+        except OSError as error:  # Of a file that has gone, or a disk that fails.
+            place = f"source {self._name!r}, document {index}"
+            return DocumentError("unreadable", f"{place}: {error}")
+
+
+class Stream:
+    """The rows of one virtual stream.
+
+    Its state is a mixture's position and references to the documents that are held in open rows
+    and closed ones not yet taken; to restore it those documents are read again.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        num_streams: int,
+        readers: Mapping[str, Reader],
+        weights: Mapping[str, float],
+        packing: PackingConfig,
+        tally: Tally,
+        pool: concurrent.futures.Executor | None,
+        read_ahead: int,
+    ):
+        """Begins at the first document.
+
+        Args:
+            index: This stream, from 0.
+            num_streams: All of them.
+            readers: Of every source, by name.
+            weights: Of every source, by name.
+            packing: The shape of a row.
+            tally: Shared with the other streams of the process.
+            pool: Threads that read; None reads in the caller's.
+            read_ahead: Documents asked for ahead of the packer.
+        """
+        self._index, self._num_streams = index, num_streams
+        self._readers, self._weights = readers, weights
+        self._tally, self._pool = tally, pool
+        self._read_ahead = read_ahead if pool is not None else 0
+        self._packing = packing
+        self._mixture, self._ahead = Mixture(weights), Mixture(weights)
+        self._asked: collections.deque[Callable[[], Sequence | DocumentError]] = collections.deque()
+        self._packer = Packer(packing)
+        self._closed: collections.deque[Row] = collections.deque()
+        self._counts: Counts = {}
+
+    def next_row(self) -> Row:
+        """The next row.
+
+        Raises:
+            ValueError: Too many documents are bad.
+        """
+        while not self._closed:
+            self._closed.extend(self._add_document())
+        row = self._closed.popleft()
+        self._count_row(row)
+        return row
+
+    def _add_document(self) -> list[Row]:
+        """Reads a document and packs it; returns the rows that it closed."""
+        while len(self._asked) <= self._read_ahead:
+            self._asked.append(self._ask(*self._ahead.draw()))
+        sequence = self._asked.popleft()()
+        # In step with what was asked: the state is that of the documents packed.
+        source, position = self._mixture.draw()
+        self._count("read", source)
+        if isinstance(sequence, DocumentError):
+            self._count(SKIPPED + source, sequence.reason)
+            self._tally.read(source, sequence)
+            return []
+        self._tally.read(source)
+        return self._packer.add(Piece.whole(sequence, source, position))
+
+    def _ask(self, source: str, position: int) -> Callable[[], Sequence | DocumentError]:
+        """Begins to read a document; the result is called for it."""
+        number = position * self._num_streams + self._index
+        read = functools.partial(self._readers[source].read, number)
+        return read if self._pool is None else self._pool.submit(read).result
+
+    def _count(self, topic: str, name: str, number: int = 1) -> None:
+        counts = self._counts.setdefault(topic, {})
+        counts[name] = counts.get(name, 0) + number
+
+    def _count_row(self, row: Row) -> None:
+        for piece in row.pieces:
+            kind = piece.sequence.kind
+            # A text that is cut counts where it begins.
+            self._count("documents", kind, int(piece.start == 0))
+            self._count("tokens", kind, len(piece))
+        self._count("rows", "all")
+        self._count("rows", "tokens", row.num_tokens)
+        self._count("rows", "padding", self._packing.row_length - row.num_tokens)
+
+    @property
+    def counts(self) -> Counts:
+        """What has been read and given so far."""
+        return {topic: dict(values) for topic, values in self._counts.items()}
+
+    def get_state(self) -> dict[str, Any]:
+        """All that the rest of the stream depends on, as values for JSON."""
+        return {
+            "mixture": self._mixture.get_state(),
+            "packer": self._packer.get_state(),
+            "closed": [[piece.reference for piece in row.pieces] for row in self._closed],
+            "counts": self.counts,
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `get_state` stood; reads the documents that are held.
+
+        Raises:
+            ValueError: A source is not there any more, or a document that could be read then
+                cannot now.
+        """
+        self._asked.clear()
+        self._mixture.set_state(state["mixture"])
+        self._ahead.set_state(state["mixture"])
+        held = [*references_of(state["packer"])]
+        held += [tuple(piece) for row in state["closed"] for piece in row]
+        # All are asked for before the first is waited for.
+        documents = dict.fromkeys((source, position) for source, position, _, _ in held)
+        missing = {source for source, _ in documents} - set(self._readers)
+        if missing:
+            raise ValueError(
+                f"sources {sorted(missing)} are gone, but rows hold documents of them: keep a"
+                " source with weight 0 to draw no more of it"
+            )
+        asked = {key: self._ask(*key) for key in documents}
+        sequences = {key: answer() for key, answer in asked.items()}
+        for sequence in sequences.values():
+            if isinstance(sequence, DocumentError):
+                raise ValueError(f"a document that was good before is not any more: {sequence}")
+
+        def resolve(reference: Reference) -> Piece:
+            source, position, start, end = reference
+            return Piece(sequences[source, position], source, position, start, end)
+
+        self._packer.set_state(state["packer"], resolve)
+        self._closed = collections.deque(row_of(row, resolve) for row in state["closed"])
+        self._counts = {topic: dict(values) for topic, values in state["counts"].items()}
+        for source, number in self._counts.get("read", {}).items():
+            bad = sum(self._counts.get(SKIPPED + source, {}).values())
+            self._tally.add(source, number, bad)
+
+
+def digest(text: str) -> int:
+    """32 bits of a text; unlike `hash`, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
