@@ -35,6 +35,8 @@ ARROWS: dict[str, set[str]] = {
     # On top.
     "interop": {"models", "parallel", "data", "training"},
     "evaluation": {"models", "flow", "parallel", "data", "training", "sampling", "interop"},
+    # What chooses training data. A program of its own, so that no run imports it.
+    "curation": {"models", "data", "interop"},
     # Whole runs, one module above all rooms: what the programs in launch/ start.
     "runs": {"models", "data", "training", "sampling", "interop", "evaluation"},
 }
@@ -178,6 +180,10 @@ def test_imports_follow_the_arrows():
         ("nextstep_jax.sampling.generate", "from nextstep_jax.interop import model_directory", 1),
         ("nextstep_jax.sampling.pipeline", "from nextstep_jax.interop import convert", 1),
         ("nextstep_jax.training.loop", "from launch import train", 1),
+        ("nextstep_jax.curation.scorers", "from nextstep_jax.data import images, schema", 0),
+        ("nextstep_jax.curation.scorers", "from nextstep_jax.training import logs", 1),
+        ("nextstep_jax.data.sources", "from nextstep_jax.curation import scorers", 1),
+        ("nextstep_jax.runs", "from nextstep_jax.curation import scorers", 1),
         ("nextstep_jax.training.loop", "from nextstep_jax import __version__, utils", 1),
     ],
 )
