@@ -6,9 +6,8 @@ Examples:
         --image_bases=64 --square_only --tokenizer=runs/tok --out=shapes.rec
     python launch/train.py --config=configs/records.py:photos.rec --tokenizer=runs/tok --workdir=run
 
-An image that cannot be decoded stops the program, which names it. A folder without that file is
-another source: go on with a new --out, as the shards that are there belong to the old one. So
-look through a large folder for damaged files first.
+A document that cannot be used is skipped, counted by reason and logged with its name; above
+--max_bad_fraction of all, the program stops.
 
 Started again, it goes on where it was killed, and the result is the same, bit for bit. Several
 processes share the work if each is given the same flags and its own number: under SLURM
@@ -24,11 +23,11 @@ from absl import flags
 
 from nextstep_jax import runs
 from nextstep_jax.data.records import LATENT_DTYPES
+from nextstep_jax.data.source_types import SOURCE_TYPES, source_from_text, source_values
 from nextstep_jax.data.sources import DocumentSource
 from nextstep_jax.interop.pretrained import open_image_tokenizer
 from nextstep_jax.models.vae import VAE
 from nextstep_jax.training.encoding import EncodingConfig, encode_source
-from nextstep_jax.training.experiment import SOURCE_TYPES, source_from_text, source_values
 from nextstep_jax.training.logs import run_program
 
 _SOURCE = flags.DEFINE_string(
@@ -58,6 +57,7 @@ _COMPUTE = flags.DEFINE_enum(
 )
 _PATCH = flags.DEFINE_integer("patch_size", 2, "Latent pixels along one side of a token.")
 _THREADS = flags.DEFINE_integer("num_threads", 4, "Threads that read, decode and resize.")
+_BAD = flags.DEFINE_float("max_bad_fraction", 0.01, "Share of documents that may be bad.")
 _INDEX = flags.DEFINE_integer("process_index", 0, "Which of the processes this is, from 0.")
 _COUNT = flags.DEFINE_integer("process_count", 1, "Processes that share the work.")
 
@@ -106,6 +106,7 @@ def main(argv: list[str]) -> None:
         batch_size=_BATCH.value,
         window=_WINDOW.value,
         num_threads=_THREADS.value,
+        max_bad_fraction=_BAD.value,
     )
     source = read_source(_SOURCE.value, max(config.image_bases), _SPLIT.value)
     vae_config, load = open_image_tokenizer(pathlib.Path(_TOKENIZER.value))
@@ -125,6 +126,8 @@ def main(argv: list[str]) -> None:
         *(report.shards, report.kept, report.documents, report.images),
         *(report.images_per_second, 100 * report.padding),
     )
+    if report.skipped:
+        logging.warning("skipped %d documents: %s", report.skipped.total(), dict(report.skipped))
     done = "written to" if report.complete else "other processes have shards to make for"
     print(f"{done} {_OUT.value}")
 

@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 import nextstep_jax
 from nextstep_jax import runs
+from nextstep_jax.data import source_types
 from nextstep_jax.data.shapes import heldout_prompts
 from nextstep_jax.data.sources import DocumentSource
 from nextstep_jax.evaluation import timing, token_drift, tokenizer_quality
@@ -85,13 +86,13 @@ def source_sections(text: str | None, config: dict[str, Any] | None) -> dict[str
     """The sources of the flag, or those of the run that trained the tokenizer.
 
     Returns:
-        Name, safe for names of files -> values for `experiment.build_source`.
+        Name, safe for names of files -> values for `source_types.build_source`.
 
     Raises:
         ValueError: Neither is there, or two have the same name.
     """
     if text is not None:
-        given = [(one, experiment.source_values(one)) for one in text.split(",")]
+        given = [(one, source_types.source_values(one)) for one in text.split(",")]
     elif config is not None:
         given = list(config["sources"].items())
         types = {values["type"] for _, values in given}
@@ -320,7 +321,7 @@ def drift(args: argparse.Namespace) -> None:
     out = out_folder(args, directory)
     mesh = data_parallel_mesh() if jax.device_count() > 1 else None
     pipe = NextStepPipeline.from_pretrained(directory, dtype=_DTYPES[args.dtype], mesh=mesh)
-    source = experiment.source_from_text(text, max(pipe.image_size), "heldout")
+    source = source_types.source_from_text(text, max(pipe.image_size), "heldout")
     settings = {"batch_size": args.batch_size, "num_inference_steps": args.num_inference_steps}
     # float32 is what the flag says, not what GPUs take for it by default, TF32.
     with (

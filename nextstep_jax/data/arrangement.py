@@ -45,7 +45,8 @@ class LayoutConfig:
         drop_text_prob: Probability that an interleaved document keeps its images alone.
         max_aspect_ratio: A document with an image whose longer side is more than so many times
             the shorter one is refused.
-        min_image_side: As is one with an image whose shorter side has fewer pixels. Ours.
+        min_image_side: As is one with an image whose shorter side has fewer pixels; None for
+            those of one token. Ours.
     """
 
     image_first_prob: float = 0.3
@@ -64,7 +65,7 @@ class LayoutConfig:
     max_interleaved_images: int | None = None
     drop_text_prob: float = 0.1
     max_aspect_ratio: float = 6.0
-    min_image_side: int = 16
+    min_image_side: int | None = None
 
     def __post_init__(self):
         """Checks the ranges, and that every base has a grid."""
@@ -87,6 +88,11 @@ class LayoutConfig:
         object.__setattr__(self, "image_bases", tuple(self.image_bases))
         object.__setattr__(self, "strip_openings_of", tuple(self.strip_openings_of))
         _ = self.image_sizes
+
+    @property
+    def smallest_side(self) -> int:
+        """The fewest pixels along a side of an image that is not refused."""
+        return self.min_image_side or self.pixels_per_token
 
     @property
     def image_sizes(self) -> tuple[buckets.Size, ...]:

@@ -179,11 +179,11 @@ def fit_image(
         return image.latents, (rows, columns)
     pixels = images.pixels_of(image)
     shorter, longer = sorted(pixels.shape[:2])
-    if shorter < config.min_image_side or longer > config.max_aspect_ratio * shorter:
+    if shorter < config.smallest_side or longer > config.max_aspect_ratio * shorter:
         raise DocumentError(
             "image_size",
             f"an image of {pixels.shape[0]}x{pixels.shape[1]} pixels (height x width); sides must"
-            f" be at least {config.min_image_side} and differ by at most a factor of"
+            f" be at least {config.smallest_side} and differ by at most a factor of"
             f" {config.max_aspect_ratio}",
         )
     stride = config.pixels_per_token

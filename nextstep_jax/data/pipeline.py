@@ -27,7 +27,7 @@ from nextstep_jax.data.collate import CollateConfig, collate
 from nextstep_jax.data.mixture import check_weights
 from nextstep_jax.data.packing import PackingConfig
 from nextstep_jax.data.schema import Batch
-from nextstep_jax.data.sources import DocumentSource
+from nextstep_jax.data.sources import DocumentSource, source_fingerprint
 from nextstep_jax.data.statistics import Counts, add_counts, no_counts
 from nextstep_jax.data.streams import Reader, Stream
 from nextstep_jax.data.text_tokenizer import TextTokenizer
@@ -274,8 +274,8 @@ class PipelineIterator:
         ahead = max(2, _READ_AHEAD_PER_THREAD * config.num_threads // len(own))
         tally = Tally(config.max_bad_fraction)
         args = (config.streams, readers, weights, config.packing, tally, self._pool, ahead)
-        streams = {index: Stream(index, *args) for index in own}
-        dataset: Any = _BatchesDataset(_Batches(streams, config, collate_config))
+        self._streams = {index: Stream(index, *args) for index in own}
+        dataset: Any = _BatchesDataset(_Batches(self._streams, config, collate_config))
         if config.prefetch:
             # A thread packs and stacks, so that the step finds its batch ready.
             dataset = grain.experimental.ThreadPrefetchIterDataset(
@@ -369,17 +369,6 @@ def pipeline_fingerprint(
 
 
 _DOCUMENTS, _WEIGHTS = "documents", "weights"
-
-
-def source_fingerprint(source: DocumentSource) -> str:
-    """What a source says it is, the same in every process.
-
-    A dataclass is its fields; another object may have an attribute `fingerprint`. The repr of a
-    plain object is no use: it holds its address.
-    """
-    if dataclasses.is_dataclass(source):
-        return repr(source)
-    return f"{type(source).__name__} {getattr(source, 'fingerprint', '')}".strip()
 
 
 def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

@@ -207,7 +207,8 @@ function rows() {
     item(make("span", { class: "swatch hatched" }), "image tokens"),
     item(make("span", { class: "swatch padding" }), "padding"),
     t.documents > data.documents.length
-      ? item(make("span", { class: `swatch faded ${data.kinds[0].kind}-kind` }), "paler: not shown below") : "");
+      ? item(make("span", { class: `swatch faded ${data.kinds[0].kind}-kind` }),
+        "paler: not shown below") : "");
   const bars = data.rows.map((row) => make("div", { class: "row", id: `row-${row.row}`,
     "data-row": "" }, make("span", { class: "soft" }, `Row ${row.row + 1}`),
     make("div", { class: "bar" }, row.segments.map(block)), make("span", null,

@@ -7,7 +7,6 @@ reading stops.
 
 import collections
 import logging
-import threading
 from collections.abc import Iterator
 
 from nextstep_jax.data.faults import DocumentError
@@ -55,37 +54,6 @@ class Tally:
                 f" max_bad_fraction={self._max_bad_fraction} allows (of at least {_LEAST_READ});"
                 f" the last one ({error.reason}): {error}"
             )
-
-
-class TolerantSource:
-    """A source that gives None in place of a bad document, which Grain's datasets pass over.
-
-    Several threads may read it. What it counts is what this process has read.
-    """
-
-    def __init__(self, source: DocumentSource, name: str, max_bad_fraction: float):
-        """Wraps a source; the name is for messages."""
-        self._source, self._name = source, name
-        self._tally, self._lock = Tally(max_bad_fraction), threading.Lock()
-
-    def __len__(self) -> int:
-        """The number of documents, good or bad."""
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> Document | None:
-        """The document, or None.
-
-        Raises:
-            ValueError: Too many documents are bad.
-        """
-        document, error = None, None
-        try:
-            document = self._source[index]
-        except DocumentError as caught:
-            error = caught.within(f"source {self._name!r}, document {index}")
-        with self._lock:
-            self._tally.read(self._name, error)
-        return document
 
 
 def good_documents(source: DocumentSource, most: int | None = None) -> Iterator[Document]:

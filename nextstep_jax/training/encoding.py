@@ -37,7 +37,6 @@ import numpy as np
 from tqdm import tqdm
 
 from nextstep_jax.data.layout import LayoutConfig
-from nextstep_jax.data.pipeline import source_fingerprint
 from nextstep_jax.data.record_writer import (
     ShardWriter,
     claim_folder,
@@ -46,7 +45,8 @@ from nextstep_jax.data.record_writer import (
     write_index,
 )
 from nextstep_jax.data.records import LATENT_DTYPES
-from nextstep_jax.data.sources import DocumentSource
+from nextstep_jax.data.sources import DocumentSource, source_fingerprint
+from nextstep_jax.data.tolerance import Tally
 from nextstep_jax.models.config import VAEConfig, to_dict
 from nextstep_jax.models.vae import VAE
 from nextstep_jax.training.encoding_shard import Encoder, ShardEncoding, Totals, prepare, read_ahead
@@ -76,6 +76,8 @@ class EncodingConfig:
         window: Documents that an image waits for others of its size, before its batch is padded.
             More gives less padding and holds more in memory.
         num_threads: Threads that read, decode and resize; they change the speed alone.
+        max_bad_fraction: The share of documents that may be bad (`data/faults.py`) and are left
+            out, before the program stops; a whole shard is not undone by it.
     """
 
     num_documents: int | None = None
@@ -87,6 +89,7 @@ class EncodingConfig:
     batch_size: int = 32
     window: int = 4096
     num_threads: int = 2
+    max_bad_fraction: float = 0.01
 
     def __post_init__(self):
         """Checks the ranges."""
@@ -169,8 +172,8 @@ def encode_source(
 
     Raises:
         ValueError: Settings that do not fit, or differ from those that `out` was begun with (all
-            are listed); a document whose images cannot be read (named; a source without it is
-            another one and needs another `out`); or latents that are not finite.
+            are listed); more bad documents than `max_bad_fraction` allows, as the few are skipped
+            and logged; or latents that are not finite.
     """
     out = pathlib.Path(out)
     if not 0 <= process_index < process_count:
@@ -186,6 +189,7 @@ def encode_source(
     claim_folder(out, SETTINGS, settings)
 
     report, began = EncodingReport(), time.monotonic()
+    tally = Tally(config.max_bad_fraction)
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(config.num_threads))
         own = range(process_index, config.num_shards, process_count)
@@ -217,7 +221,7 @@ def encode_source(
             read = functools.partial(prepare, source, layout)
             ahead = config.num_threads * _READ_AHEAD_PER_THREAD
             with ShardWriter(path) as writer:
-                run = ShardEncoding(encoder, writer, config.window, report, show)
+                run = ShardEncoding(encoder, writer, config.window, report, tally, show)
                 run.encode(read_ahead(pool, read, indices, ahead))
             report.shards += 1
     report.seconds = time.monotonic() - began - encoder.compile_seconds
@@ -238,7 +242,8 @@ def _num_documents(source: DocumentSource, config: EncodingConfig) -> int:
 def _settings(vae, vae_params, source, config, num_documents, device) -> dict[str, Any]:
     """What the bytes of the result depend on, as JSON."""
     fields = dataclasses.asdict(config)
-    del fields["num_threads"]
+    for name in ("num_threads", "max_bad_fraction"):
+        del fields[name]
     return {
         "format": _FORMAT,
         "program": "encode_latents",

@@ -22,10 +22,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped, UInt8
 
 from nextstep_jax.data.buckets import Grid, Size, image_key
+from nextstep_jax.data.faults import DocumentError
 from nextstep_jax.data.layout import LayoutConfig, fit_image
 from nextstep_jax.data.record_writer import ShardWriter
 from nextstep_jax.data.schema import Document, Image
 from nextstep_jax.data.sources import DocumentSource
+from nextstep_jax.data.tolerance import Tally
 from nextstep_jax.models.vae import VAE, from_uint8
 from nextstep_jax.parallel import sharding
 from nextstep_jax.parallel.mesh import make_mesh
@@ -42,11 +44,13 @@ class Totals:
         documents: Documents written.
         images: Images encoded.
         rows: Rows that the devices have encoded for them.
+        skipped: Documents that cannot be used, by reason.
     """
 
     documents: int = 0
     images: int = 0
     rows: int = 0
+    skipped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     @property
     def padding(self) -> float:
@@ -91,31 +95,32 @@ class Entry:
         return dataclasses.replace(self.document, parts=tuple(parts))
 
 
-def prepare(source: DocumentSource, layout: LayoutConfig, index: int) -> Entry:
-    """Reads a document and fits its images.
+def prepare(source: DocumentSource, layout: LayoutConfig, index: int) -> Entry | DocumentError:
+    """Reads a document and fits its images; or says what is wrong with it.
 
     Raises:
-        ValueError: An image cannot be used; names the document.
+        ValueError: It has latents already; names the document.
     """
-    document = source[index]
+    try:
+        document = source[index]
+    except DocumentError as error:
+        return error.within(f"document {index}")
     name = f"document {document.source}/{document.id}"
     if any(image.latents is not None for image in document.images):
         raise ValueError(f"{name}: it has latents already")
     try:
         fitted = [fit_image(image, layout) for image in document.images]
-    except ValueError as error:
-        # Said here, as people would delete the file and start again.
-        hint = "a source without this document is another one, to be encoded into a new folder"
-        raise ValueError(f"{name}: {error}; {hint}") from error
+    except DocumentError as error:
+        return error.within(name)
     return Entry(document, [pixels for pixels, _ in fitted], [grid for _, grid in fitted])
 
 
 def read_ahead(
     pool: concurrent.futures.Executor,
-    prepare: Callable[[int], Entry],
+    prepare: Callable[[int], Entry | DocumentError],
     indices: range,
     ahead: int,
-) -> Iterator[Entry]:
+) -> Iterator[Entry | DocumentError]:
     """Entries in order, so many of them prepared before they are asked for."""
     futures: collections.deque[concurrent.futures.Future] = collections.deque()
     try:
@@ -213,6 +218,7 @@ class ShardEncoding:
         writer: ShardWriter,
         window: int,
         totals: Totals,
+        tally: Tally,
         on_write: Callable[[int], None],
     ):
         """Begins a shard.
@@ -222,19 +228,30 @@ class ShardEncoding:
             writer: The shard.
             window: See `EncodingConfig`.
             totals: Counted up.
-            on_write: Called with the number of documents that have just been written.
+            tally: Judges the share of bad documents, over all shards.
+            on_write: Called with the number of documents that have just been written or skipped.
         """
         self._encoder, self._writer, self._window = encoder, writer, window
-        self._totals, self._on_write = totals, on_write
+        self._totals, self._tally, self._on_write = totals, tally, on_write
         self._open: dict[Size, _Group] = {}
         self._closed: dict[Size, list[_Group]] = collections.defaultdict(list)
         self._sent: collections.deque[tuple[jax.Array, list[_Group]]] = collections.deque()
         self._entries: collections.deque[Entry] = collections.deque()
 
-    def encode(self, entries: Iterator[Entry]) -> None:
-        """Encodes and writes all documents of the shard."""
+    def encode(self, entries: Iterator[Entry | DocumentError]) -> None:
+        """Encodes and writes all documents of the shard but the bad ones.
+
+        Raises:
+            ValueError: Too many documents are bad, or latents are not finite.
+        """
         for number, entry in enumerate(entries):
             self._close_old(number)
+            if isinstance(entry, DocumentError):
+                self._tally.read("encode", entry)
+                self._totals.skipped[entry.reason] += 1
+                self._on_write(1)
+                continue
+            self._tally.read("encode")
             self._entries.append(entry)
             for slot, pixels in enumerate(entry.pixels):
                 size = (pixels.shape[0], pixels.shape[1])

@@ -5,9 +5,8 @@ the dataclasses that own the defaults, so that a key which no dataclass has is a
 """
 
 import dataclasses
-import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,11 +14,10 @@ from ml_collections import ConfigDict
 
 from nextstep_jax.data.arrangement import LayoutConfig
 from nextstep_jax.data.buckets import grid_of
-from nextstep_jax.data.photographs import PhotographSource
 from nextstep_jax.data.pipeline import DataConfig, layout_of
 from nextstep_jax.data.records import RecordSource, check_records
-from nextstep_jax.data.shapes import ShapesSource
-from nextstep_jax.data.sources import DocumentSource, ImageFolderSource
+from nextstep_jax.data.source_types import DRAWN_SOURCES, build_source
+from nextstep_jax.data.sources import DocumentSource
 from nextstep_jax.data.text_tokenizer import TextTokenizer, train_bpe
 from nextstep_jax.data.tolerance import good_documents
 from nextstep_jax.models.config import (
@@ -49,16 +47,6 @@ TOKENIZER_SECTIONS = {
     *("vae", "tokenizer", "sources", "optimizer", "loop"),
     *("init_from", "dtype", "remat"),
 }
-
-SOURCE_TYPES: dict[str, Callable[..., DocumentSource]] = {
-    "shapes": functools.partial(ShapesSource, kind="pair"),
-    "photographs": PhotographSource,
-    "folder": ImageFolderSource,
-    "images": functools.partial(ImageFolderSource, captions=False, name="images"),
-    "records": RecordSource,
-}
-# Sources that draw images of the run's size, and have a held-out split.
-_DRAWN_SOURCES = ("shapes", "photographs")
 
 # Documents of each source that the text tokenizer of a small model is trained on.
 _NUM_TOKENIZER_DOCUMENTS = 4000
@@ -154,56 +142,6 @@ def build_model_config(values: Config) -> NextStepConfig:
     return build(NextStepConfig, {**fields, **values, **parts}, "model")
 
 
-def build_source(values: Config, image_size: int) -> DocumentSource:
-    """A source of documents, by its "type"; the other values are arguments of the source.
-
-    "shapes" is the built-in world, "photographs" are crops of those that scikit-image ships,
-    "folder" holds images and captions, "images" images alone, "records" what
-    `launch/encode_latents.py` wrote.
-
-    Raises:
-        ValueError: An unknown type, or arguments that the source refuses.
-    """
-    values = dict(values)
-    values.pop("weight", None)
-    kind = values.pop("type")
-    if kind not in SOURCE_TYPES:
-        raise ValueError(f"source type {kind!r} is unknown; choose from {list(SOURCE_TYPES)}")
-    if kind in _DRAWN_SOURCES:
-        values = {"image_size": image_size, **values}
-    try:
-        return SOURCE_TYPES[kind](**values)
-    except TypeError as error:
-        raise ValueError(f"source of type {kind!r}: {error}") from error
-
-
-def source_values(text: str) -> dict[str, Any]:
-    """The config of a source named on a command line: its type and, after a colon, what it needs.
-
-    "shapes:LEVEL", "photographs", "folder:PATH", "images:PATH" or "records:PATH".
-    """
-    kind, _, argument = text.partition(":")
-    key = "level" if kind == "shapes" else "root"
-    return {"type": kind, **({key: argument} if argument else {})}
-
-
-def source_from_text(text: str, image_size: int, split: str = "train") -> DocumentSource:
-    """The source of `source_values`.
-
-    Args:
-        text: As there.
-        image_size: Side of the images that "shapes" and "photographs" draw.
-        split: Of these two, "train" or "heldout".
-
-    Raises:
-        ValueError: See `build_source`.
-    """
-    values = source_values(text)
-    if values["type"] in _DRAWN_SOURCES:
-        values["split"] = split
-    return build_source(values, image_size)
-
-
 def build_sources(
     config: Config, image_size: int | None = None, *, held_out: bool = False
 ) -> dict[str, tuple[DocumentSource, float]]:
@@ -211,7 +149,7 @@ def build_sources(
     size = config["image_size"] if image_size is None else image_size
 
     def split_of(values):
-        return {"split": "heldout"} if held_out and values["type"] in _DRAWN_SOURCES else {}
+        return {"split": "heldout"} if held_out and values["type"] in DRAWN_SOURCES else {}
 
     return {
         name: (

@@ -10,6 +10,7 @@ Axes: batch, height, width, channels.
 import dataclasses
 import json
 import math
+import threading
 import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -21,9 +22,12 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Key, UInt8
 
+from nextstep_jax.data.faults import DocumentError
 from nextstep_jax.data.images import pixels_of, random_crop, resize_cover
-from nextstep_jax.data.pipeline import Sources, source_fingerprint
+from nextstep_jax.data.pipeline import Sources
 from nextstep_jax.data.schema import Document
+from nextstep_jax.data.sources import DocumentSource, source_fingerprint
+from nextstep_jax.data.tolerance import Tally
 from nextstep_jax.models.config import to_dict
 from nextstep_jax.models.latents import latents_of
 from nextstep_jax.models.vae import VAE, from_uint8
@@ -64,6 +68,8 @@ class TokenizerConfig:
             samples and is not normalised, or the divergence would be that of something else.
         seed: Order of the images, crops and mirroring.
         num_threads: Threads that read images.
+        max_bad_fraction: The share of a source's documents that may be bad (`data/faults.py`) and
+            are passed over, before the run stops.
     """
 
     image_size: int = 256
@@ -82,6 +88,7 @@ class TokenizerConfig:
     kl_weight: float = 0.0
     seed: int = 0
     num_threads: int = 2
+    max_bad_fraction: float = 0.01
 
     def __post_init__(self):
         """Checks names and ranges."""
@@ -193,8 +200,8 @@ class TokenizerTask:
         for name, (source, weight) in self._sources.items():
             # One source keeps the order of its seed, whatever it is called.
             seed = train.seed + (zlib.crc32(name.encode()) if len(self._sources) > 1 else 0)
-            dataset = grain.MapDataset.source(source).shuffle(seed=seed % 2**32).repeat()
-            dataset = dataset.map_with_index(_FirstImage(train, zlib.crc32(name.encode())))
+            dataset = grain.MapDataset.range(len(source)).shuffle(seed=seed % 2**32).repeat()
+            dataset = dataset.map_with_index(_FirstImage(train, name, source))
             components.append(dataset[process_index::process_count])
             weights.append(weight)
         dataset = grain.MapDataset.mix(components, weights)
@@ -269,32 +276,47 @@ def _square(document: Document, fit: Any) -> np.ndarray:
     """What `fit` makes of the pixels of the first image; errors name the document."""
     where = f"document {document.id} of {document.source}"
     if not document.images:
-        raise ValueError(f"{where} has no image")
+        raise DocumentError("missing_image", f"{where} has no image")
     try:
         return np.asarray(fit(pixels_of(document.images[0])))
+    except DocumentError as error:
+        raise error.within(where) from error
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
 class _FirstImage(grain.experimental.MapWithIndexTransform):
-    """The first image as an element of a batch, cropped and mirrored as a function of its index.
+    """The first image of a document, cropped and mirrored as a function of its place.
 
-    The index counts on from epoch to epoch, so that every epoch crops anew.
+    The place counts on from epoch to epoch, so that every epoch crops anew. In place of a bad
+    document stands None, which Grain passes over.
     """
 
-    def __init__(self, train: TokenizerConfig, stream: int):
-        self._train, self._stream = train, stream
+    def __init__(self, train: TokenizerConfig, name: str, source: DocumentSource):
+        self._train, self._name, self._source = train, name, source
+        self._stream = zlib.crc32(name.encode())
+        self._tally, self._lock = Tally(train.max_bad_fraction), threading.Lock()
 
-    def map_with_index(self, index, element):
+    def map_with_index(self, place, index):
+        square, error = None, None
+        try:
+            square = self._read(place, int(index))
+        except DocumentError as caught:
+            error = caught.within(f"source {self._name!r}, document {index}")
+        with self._lock:
+            self._tally.read(self._name, error)
+        return None if square is None else {"images": square}
+
+    def _read(self, place, index):
         train, side = self._train, self._train.image_size
-        rng = np.random.default_rng([train.seed, self._stream, index])
+        rng = np.random.default_rng([train.seed, self._stream, place])
 
         def fit(pixels):
             if train.random_crop:
                 return random_crop(pixels, side, rng, train.smallest_crop)
             return resize_cover(pixels, side, side)
 
-        square = _square(element, fit)
+        square = _square(self._source[index], fit)
         if train.random_flip and rng.random() < 0.5:
             square = np.ascontiguousarray(square[:, ::-1])
-        return {"images": square}
+        return square

@@ -301,7 +301,7 @@ def test_latents_stand_where_their_tokens_stand(tokenizer):
     is_image = batch["token_ids"] == X
     np.testing.assert_array_equal(batch["latents"][is_image], np.concatenate(latents))
     assert not batch["latents"][~is_image].any()
-    with pytest.raises(ValueError, match="document s/0: every image .* must come as pixels"):
+    with pytest.raises(ValueError, match=r"document s/0: every image .* must come as pixels"):
         collate.collate([row], form(40))
     with pytest.raises(ValueError, match="document s/0: latents have width 64, the model takes 16"):
         collate.collate([row], form(40, latent_dim=16))

@@ -251,7 +251,7 @@ def test_fingerprints_tell_pipelines_apart(tokenizer, model_config, caplog):
     changed = {"s": (sources["s"][0], 0.5), "t": sources["t"], "u": (pairs(3), 1.0)}
     pipeline.check_fingerprint(saved, json.loads(json.dumps(fingerprint(changed))))
     assert "from {'s': 2.0, 't': 1.0} to {'s': 0.5, 't': 1.0, 'u': 1.0}" in caplog.text
-    with pytest.raises(ValueError, match="documents: saved .*'t'"):
+    with pytest.raises(ValueError, match=r"documents: saved .*'t'"):
         pipeline.check_fingerprint(saved, fingerprint({"s": sources["s"]}))
     names = {field.name for field in dataclasses.fields(pipeline.DataConfig)}
     assert names - {"num_threads", "prefetch", "max_bad_fraction"} <= set(saved)

@@ -15,7 +15,6 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 
 from nextstep_jax.data import record_writer, records
-from nextstep_jax.data.pipeline import source_fingerprint
 from nextstep_jax.data.record_writer import ShardWriter, create_json, shard_name, write_index
 from nextstep_jax.data.records import (
     RecordSource,
@@ -26,7 +25,7 @@ from nextstep_jax.data.records import (
 )
 from nextstep_jax.data.schema import Document, Image, Text
 from nextstep_jax.data.shapes import ShapesSource
-from nextstep_jax.data.sources import DocumentSource
+from nextstep_jax.data.sources import DocumentSource, source_fingerprint
 
 RNG = np.random.default_rng(0)
 METADATA = {"a": [1, 2.5, None, True, {"b": "ü"}], "seed": 2**63, "x": 0.1, "none": {}}

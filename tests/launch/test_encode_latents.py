@@ -175,4 +175,4 @@ def test_help_says_what_sources_there_are_and_what_damaged_files_do():
     text = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True).stdout
     words = " ".join(text.split())
     assert "images:PATH (without: documents are images alone)" in words
-    assert "A folder without that file is another source: go on with a new --out" in words
+    assert "A document that cannot be used is skipped, counted by reason and logged" in words

@@ -13,6 +13,7 @@ import PIL.Image
 import pytest
 from flax import linen as nn
 
+from nextstep_jax.data import source_types
 from nextstep_jax.data.layout import LayoutConfig, fit_image
 from nextstep_jax.data.record_writer import shard_name
 from nextstep_jax.data.records import RecordSource
@@ -77,10 +78,16 @@ class MixedSource:
 
 
 class Poisoned(MixedSource):
-    """One image of nothing but noise that cannot be decoded."""
+    """Some documents with an image that cannot be decoded."""
+
+    def __init__(self, bad):
+        super().__init__()
+        self.bad = bad
 
     def __getitem__(self, index):
         document = super().__getitem__(index)
+        if index not in self.bad:
+            return document
         return dataclasses.replace(document, parts=(Image(encoded=b"GIF89a"),))
 
 
@@ -317,10 +324,24 @@ def test_bad_settings_leave_no_trace(encode, tmp_path, changes, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_documents_are_named(encode, small, tmp_path):
-    message = "document mixed/d/0: cannot decode the image.*; a source without this document is an"
-    with pytest.raises(ValueError, match=message):
-        encode(tmp_path / "a", Poisoned())
+def test_bad_documents_are_left_out_up_to_a_limit(encode, unbroken, tmp_path, caplog):
+    """Two that cannot be decoded, in different shards: all others are there, as before."""
+    report = encode(tmp_path / "a", Poisoned({3, 20}))
+    assert report.skipped == {"bad_image": 2} and report.documents == NUM - 2
+    assert "document mixed/d/20: cannot decode the image" in caplog.text
+    found, whole = RecordSource(tmp_path / "a"), RecordSource(unbroken.out)
+    rest = [i for i in range(NUM) if i not in (3, 20)]
+    assert [found[k].id for k in range(len(found))] == [f"d/{i}" for i in rest]
+    for k, i in enumerate(rest):
+        for one, other in zip(found[k].images, whole[i].images, strict=True):
+            np.testing.assert_allclose(
+                np.float32(one.latents), np.float32(other.latents), atol=0.05
+            )
+    with pytest.raises(ValueError, match=r"11 of the first \d+ documents are bad, more than"):
+        encode(tmp_path / "all", Poisoned(set(range(NUM))))
+
+
+def test_bad_latents_are_named(encode, small, tmp_path):
     encode(tmp_path / "b", num_documents=3, num_shards=1)
     with pytest.raises(ValueError, match=r"document mixed/d/0: it has latents already$"):
         encode(tmp_path / "c", RecordSource(tmp_path / "b"), num_shards=1)
@@ -382,7 +403,7 @@ def losses(make_config, tokenizer, vae, fill, tmp_path_factory):
         config = EncodingConfig(
             image_bases=(32,), square_only=True, dtype=dtype, num_shards=2, batch_size=8
         )
-        built = experiment.build_source(source, 32)
+        built = source_types.build_source(source, 32)
         encode_source(
             vae.module, vae.params, built, config, root / dtype, devices=jax.devices("cpu")[:2]
         )

@@ -7,8 +7,9 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+from nextstep_jax.data import source_types
+from nextstep_jax.data.arrangement import LayoutConfig
 from nextstep_jax.data.photographs import PhotographSource
-from nextstep_jax.data.pipeline import DataConfig
 from nextstep_jax.data.shapes import ShapesSource
 from nextstep_jax.data.sources import ImageFolderSource
 from nextstep_jax.models.config import nextstep_config
@@ -26,8 +27,10 @@ def test_unknown_keys_are_errors():
 
 
 def test_lists_become_tuples():
-    config = {"row_length": 8, "rows_per_batch": 1, "image_bases": [16, 32]}
-    assert experiment.build(DataConfig, config, "data").image_bases == (16, 32)
+    assert experiment.build(LayoutConfig, {"image_bases": [16, 32]}, "layout").image_bases == (
+        16,
+        32,
+    )
 
 
 def test_loop_and_optimizer(make_config):
@@ -80,34 +83,34 @@ def test_sources(tmp_path):
     assert sources["a"] == (ShapesSource("text", level="easy", seed=3, image_size=48), 2.0)
     assert sources["b"] == (ShapesSource("pair", image_size=48), 1.0)
     with pytest.raises(ValueError, match=r"'web' is unknown; choose from \['shapes', 'photo"):
-        experiment.build_source({"type": "web"}, 32)
+        source_types.build_source({"type": "web"}, 32)
     with pytest.raises(ValueError, match="is not a folder"):
-        experiment.build_source({"type": "folder", "root": str(tmp_path / "none")}, 32)
+        source_types.build_source({"type": "folder", "root": str(tmp_path / "none")}, 32)
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a caption")
-    source = experiment.build_source({"type": "folder", "root": str(tmp_path)}, 32)
+    source = source_types.build_source({"type": "folder", "root": str(tmp_path)}, 32)
     assert isinstance(source, ImageFolderSource)
     assert len(source) == 1
     with pytest.raises(ValueError, match=r"source of type 'folder': .*'size'"):
-        experiment.build_source({"type": "folder", "root": str(tmp_path), "size": 3}, 32)
+        source_types.build_source({"type": "folder", "root": str(tmp_path), "size": 3}, 32)
     assert [len(document.parts) for document in (source[0], images_of(tmp_path)[0])] == [2, 1]
 
 
 def images_of(folder):
-    return experiment.source_from_text(f"images:{folder}", 32)
+    return source_types.source_from_text(f"images:{folder}", 32)
 
 
 def test_sources_named_on_a_command_line(tmp_path):
-    world = experiment.source_from_text("shapes:easy", 32, "heldout")
+    world = source_types.source_from_text("shapes:easy", 32, "heldout")
     assert world == ShapesSource("pair", "easy", "heldout", image_size=32)
-    crops = experiment.source_from_text("photographs", 48)
+    crops = source_types.source_from_text("photographs", 48)
     assert crops == PhotographSource(48, "train")
     with pytest.raises(ValueError, match="is not a folder"):
         images_of(tmp_path / "none")
     with pytest.raises(ValueError, match=r"source of type 'folder': .*root"):
-        experiment.source_from_text("folder", 32)
+        source_types.source_from_text("folder", 32)
     with pytest.raises(ValueError, match="source type 'web' is unknown"):
-        experiment.source_from_text("web:x", 32)
+        source_types.source_from_text("web:x", 32)
 
 
 def test_held_out_sources():

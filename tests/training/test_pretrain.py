@@ -170,7 +170,11 @@ def test_encoded_images_stand_in_their_places(vae, devices, num_devices, group_s
     # 5 * 4 and 3 * 14 tokens anywhere in the 120 places.
     places = rng.permutation(rows * length)[:62].astype(np.int32)
     slots = {"32x32": places[:20].reshape(5, 4), "112x32": places[20:].reshape(3, 14)}
-    batch = {"token_ids": np.zeros((rows, length), np.int32), "images": images, "image_slots": slots}
+    batch = {
+        "token_ids": np.zeros((rows, length), np.int32),
+        "images": images,
+        "image_slots": slots,
+    }
     encoder = BatchEncoder(vae.module, vae.params, 2, group_size)
     mesh = make_mesh({"fsdp": num_devices}, devices[:num_devices])
     with jax.transfer_guard("disallow"):
