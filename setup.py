@@ -64,7 +64,7 @@ EXTRAS = {
     "photographs": ["scikit-image>=0.24,<0.27"],
     # Documents in parquet files.
     "parquet": [_PYARROW],
-    "curate": ["ray[data]>=2.40,<3", _PYARROW],
+    "curate": ["ray[data]>=2.60,<3", _PYARROW],
     "hub": ["huggingface_hub>=0.30,<3"],
     "quant": ["qwix>=0.1.8,<0.2"],
     # The reference implementation, to compare against on a CPU.
@@ -78,7 +78,7 @@ EXTRAS = {
         "pytest-xdist>=3.6,<4",
         "beartype>=0.22,<0.24",
         "scikit-image>=0.24,<0.27",
-        "ray[data]>=2.40,<3",
+        "ray[data]>=2.60,<3",
         _PYARROW,
         "ruff>=0.17,<0.18",
         "codespell>=2.4,<3",

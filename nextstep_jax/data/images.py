@@ -9,6 +9,7 @@ import io
 import struct
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 from jaxtyping import UInt8
@@ -17,6 +18,8 @@ from nextstep_jax.data import schema
 from nextstep_jax.data.faults import DocumentError
 
 Pixels = UInt8[np.ndarray, "height width 3"]
+Picture = PIL.Image.Image | Pixels
+"""An RGB image as Pillow decoded it, or as an array; going from one to the other is a copy."""
 
 # 16-bit grey: 65535 becomes 255. Pillow's own conversion would clip at 255.
 _GREY_16_SCALE = 257.0
@@ -37,11 +40,28 @@ def decode(encoded: bytes) -> Pixels:
         DocumentError: If the bytes are no image or are cut off, or it has more pixels than
             Pillow's limit against decompression bombs; nothing of such a one is decoded.
     """
+    return np.asarray(_decode(encoded))
+
+
+def _decode(encoded: bytes) -> PIL.Image.Image:
     try:
         with PIL.Image.open(io.BytesIO(encoded)) as image:
-            return rgb_of(image)
+            return _load_rgb(image)
     except DocumentError:
         raise
+    except _UNREADABLE as error:
+        raise _error(error) from error
+
+
+def encoded_size(encoded: bytes) -> tuple[int, int]:
+    """The (height, width) that the header of an image file names; nothing is decoded.
+
+    Raises:
+        DocumentError: If the bytes are no image, or claim more pixels than twice Pillow's limit.
+    """
+    try:
+        with PIL.Image.open(io.BytesIO(encoded)) as image:
+            return image.height, image.width
     except _UNREADABLE as error:
         raise _error(error) from error
 
@@ -53,6 +73,11 @@ def rgb_of(image: PIL.Image.Image) -> Pixels:
         DocumentError: If the pixels are floating-point, or their file is cut off or claims an
             absurd size (Pillow reads it only now).
     """
+    return np.asarray(_load_rgb(image))
+
+
+def _load_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """What `rgb_of` says, but as a Pillow image; the given one, loaded, if it is as wanted."""
     limit = PIL.Image.MAX_IMAGE_PIXELS
     # At the limit Pillow only warns; it refuses at twice as many.
     if limit is not None and image.width * image.height > limit:
@@ -60,7 +85,10 @@ def rgb_of(image: PIL.Image.Image) -> Pixels:
         raise DocumentError("decompression_bomb", f"the image claims {size} pixels, over {limit}")
     try:
         image.load()
-        return np.asarray(_to_rgb(PIL.ImageOps.exif_transpose(image)))
+        # Pillow's function copies what stands upright already.
+        if image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:
+            image = PIL.ImageOps.exif_transpose(image)
+        return _to_rgb(image)
     except DocumentError:
         raise
     except _UNREADABLE as error:
@@ -70,7 +98,10 @@ def rgb_of(image: PIL.Image.Image) -> Pixels:
 def _error(error: Exception) -> DocumentError:
     bomb = isinstance(error, PIL.Image.DecompressionBombError)
     reason = "decompression_bomb" if bomb else "bad_image"
-    return DocumentError(reason, f"cannot decode the image: {error}")
+    # Pillow would name the file by its address in memory, which is another one every time.
+    unknown = isinstance(error, PIL.UnidentifiedImageError)
+    message = "the bytes are of no known image format" if unknown else error
+    return DocumentError(reason, f"cannot decode the image: {message}")
 
 
 def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -85,11 +116,11 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         rgba = image.convert("RGBA")
         white = PIL.Image.new("RGBA", rgba.size, "white")
         image = PIL.Image.alpha_composite(white, rgba)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def resize_cover(
-    pixels: UInt8[np.ndarray, "source_height source_width 3"],
+    picture: PIL.Image.Image | UInt8[np.ndarray, "source_height source_width 3"],
     height: int,
     width: int,
     place: tuple[float, float] = (0.5, 0.5),
@@ -100,15 +131,15 @@ def resize_cover(
     crop to whole pixels, and does no work on what is cut away.
 
     Args:
-        pixels: The image.
+        picture: The image; a Pillow one must be RGB.
         height: Of the result.
         width: Of the result.
         place: Where the crop lies, vertically and horizontally: 0 is top and left, 1 bottom and
             right, one half the centre.
     """
-    source_height, source_width = pixels.shape[:2]
+    source_height, source_width = size_of(picture)
     if (source_height, source_width) == (height, width):
-        return pixels
+        return np.asarray(picture)
     scale = max(height / source_height, width / source_width)
     box_height, box_width = height / scale, width / scale
     top, left = (source_height - box_height) * place[0], (source_width - box_width) * place[1]
@@ -118,10 +149,16 @@ def resize_cover(
         min(left + box_width, source_width),
         min(top + box_height, source_height),
     )
-    resized = PIL.Image.fromarray(pixels).resize(
-        (width, height), PIL.Image.Resampling.LANCZOS, box=box
-    )
-    return np.asarray(resized)
+    if isinstance(picture, np.ndarray):
+        picture = PIL.Image.fromarray(picture)
+    return np.asarray(picture.resize((width, height), PIL.Image.Resampling.LANCZOS, box=box))
+
+
+def size_of(picture: Picture) -> tuple[int, int]:
+    """The (height, width) of a decoded image."""
+    if isinstance(picture, np.ndarray):
+        return picture.shape[0], picture.shape[1]
+    return picture.height, picture.width
 
 
 def random_crop(
@@ -152,8 +189,13 @@ def pixels_of(image: schema.Image) -> Pixels:
         DocumentError: If it cannot be decoded, or its array is not uint8 (height, width, 3).
         ValueError: If it is given as latents.
     """
+    return np.asarray(picture_of(image))
+
+
+def picture_of(image: schema.Image) -> Picture:
+    """As `pixels_of`, but a decoded file stays with Pillow, for `resize_cover` to go on with."""
     if image.encoded is not None:
-        return decode(image.encoded)
+        return _decode(image.encoded)
     if image.pixels is None:
         raise ValueError("the image is given as latents; it has no pixels")
     pixels = image.pixels

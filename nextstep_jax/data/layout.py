@@ -26,6 +26,7 @@ Words: weights belong to the position of the token that is predicted, not to the
 import dataclasses
 import functools
 from collections.abc import Sequence as ListLike
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
@@ -44,9 +45,23 @@ IMAGE_TAG = "<image>"
 class _Block:
     """A run of tokens with the weights of predicting them."""
 
-    ids: list[int]
-    text_weights: list[float]
-    image_weights: list[float]
+    ids: np.ndarray
+    text_weights: np.ndarray
+    image_weights: np.ndarray
+
+    @classmethod
+    def of(
+        cls, ids: ListLike[int], text_weights: Any = 0.0, image_weights: Any = 0.0
+    ) -> "_Block":
+        """The arrays of these numbers; a weight may be one for all tokens."""
+        block = cls(
+            np.array(ids, np.int32),
+            np.empty(len(ids), np.float32),
+            np.empty(len(ids), np.float32),
+        )
+        block.text_weights[:] = text_weights
+        block.image_weights[:] = image_weights
+        return block
 
 
 def lay_out(
@@ -85,13 +100,15 @@ def lay_out(
         raise error.within(f"document {document.source}/{document.id}") from error
     blocks.append(_eos_block(parts, blocks, tokenizer))
 
-    token_ids = np.array([i for block in blocks for i in block.ids], np.int32)
-    is_image = token_ids == tokenizer.image_placeholder_id
+    token_ids = np.concatenate([block.ids for block in blocks])
+    places = np.flatnonzero(token_ids == tokenizer.image_placeholder_id)
+    image_ref = np.full(len(token_ids), -1, np.int32)
+    image_ref[places] = np.arange(len(places))
     return Sequence(
         token_ids=token_ids,
-        text_weights=np.array([w for b in blocks for w in b.text_weights], np.float32),
-        image_weights=np.array([w for b in blocks for w in b.image_weights], np.float32),
-        image_ref=np.where(is_image, np.cumsum(is_image) - 1, -1).astype(np.int32),
+        text_weights=np.concatenate([block.text_weights for block in blocks]),
+        image_weights=np.concatenate([block.image_weights for block in blocks]),
+        image_ref=image_ref,
         images=tuple(arrays),
         grids=tuple(grids),
         document_id=f"{document.source}/{document.id}",
@@ -177,32 +194,33 @@ def fit_image(
                 f"got shape {image.latents.shape}",
             )
         return image.latents, (rows, columns)
-    pixels = images.pixels_of(image)
-    shorter, longer = sorted(pixels.shape[:2])
+    picture = images.picture_of(image)
+    size = images.size_of(picture)
+    shorter, longer = sorted(size)
     if shorter < config.smallest_side or longer > config.max_aspect_ratio * shorter:
         raise DocumentError(
             "image_size",
-            f"an image of {pixels.shape[0]}x{pixels.shape[1]} pixels (height x width); sides must"
+            f"an image of {size[0]}x{size[1]} pixels (height x width); sides must"
             f" be at least {config.smallest_side} and differ by at most a factor of"
             f" {config.max_aspect_ratio}",
         )
     stride = config.pixels_per_token
     height, width = buckets.choose_size(
-        *pixels.shape[:2], config.image_bases, stride=stride, square_only=config.square_only
+        *size, config.image_bases, stride=stride, square_only=config.square_only
     )
-    return images.resize_cover(pixels, height, width, place), buckets.grid_of(height, width, stride)
+    return images.resize_cover(picture, height, width, place), buckets.grid_of(height, width, stride)
 
 
 def _text_block(text: Text, tokenizer: TextTokenizer) -> _Block:
-    ids = tokenizer.encode(text.text)
-    return _Block(ids, [float(text.loss)] * len(ids), [0.0] * len(ids))
+    return _Block.of(tokenizer.encode(text.text), float(text.loss))
 
 
+@functools.lru_cache(maxsize=1024)  # As `area_ids`.
 def _image_block(grid: buckets.Grid, loss: bool, tokenizer: TextTokenizer) -> _Block:
     ids = image_ids(grid, tokenizer)
     num_tokens = grid[0] * grid[1]
     num_area = len(ids) - num_tokens - 2
-    return _Block(
+    return _Block.of(
         ids,
         # The size string counts as text even where the image itself is only an input.
         text_weights=[1.0] * num_area + [0.0] * (1 + num_tokens) + [1.0],
@@ -212,10 +230,10 @@ def _image_block(grid: buckets.Grid, loss: bool, tokenizer: TextTokenizer) -> _B
 
 def _eos_block(parts: ListLike[Part], blocks: list[_Block], tokenizer: TextTokenizer) -> _Block:
     """The end of text: trained like the text that it ends, never right after an image."""
-    last_ids = next((block.ids for block in reversed(blocks) if block.ids), [])
-    if last_ids and last_ids[-1] == tokenizer.eoi_id:
+    last_ids = next((block.ids for block in reversed(blocks) if len(block.ids)), None)
+    if last_ids is not None and last_ids[-1] == tokenizer.eoi_id:
         weight = 0.0
     else:
         texts = [part for part in parts if isinstance(part, Text)]
         weight = float(texts[-1].loss) if texts else 0.0
-    return _Block([tokenizer.eos_id], [weight], [0.0])
+    return _Block.of([tokenizer.eos_id], weight)

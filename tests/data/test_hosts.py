@@ -10,6 +10,7 @@ import pytest
 
 from nextstep_jax.data.schema import KINDS
 from tests.data import host
+from tests.data.epochs import first_epoch
 
 NUM_BATCHES = 6
 CUT = 3
@@ -94,27 +95,8 @@ def test_nothing_is_repeated_or_left_out_of_an_epoch(context):
         seen = collections.Counter()
         for index in range(count):
             iterator = host.make_iterator(index, count, 0, num_documents)
-            _count_first_epoch(iterator, num_documents, seen)
+            seen.update(first_epoch(iterator, num_documents, host.NUM_STREAMS))
             iterator.close()
         # Every document of every kind, its first token once.
         assert set(seen.values()) == {1}
         assert len(seen) == len(KINDS) * num_documents
-
-
-def _count_first_epoch(iterator, num_documents, seen):
-    """Takes rows until no stream can give another document of the first epoch; counts them."""
-    for index, stream in iterator._streams.items():
-        last = -(-(num_documents - index) // host.NUM_STREAMS)  # Positions of the first epoch.
-        while True:
-            state = stream.get_state()
-            held = [
-                (source, position, first)
-                for pieces in (*state["packer"]["open"], *state["closed"], state["packer"]["texts"])
-                for source, position, first, _ in pieces
-            ]
-            positions = state["mixture"]["position"]
-            if min(positions.values()) >= last and not any(p < last for _, p, _ in held):
-                break
-            for piece in stream.next_row().pieces:
-                if piece.position < last and piece.start == 0:
-                    seen[piece.sequence.document_id] += 1
