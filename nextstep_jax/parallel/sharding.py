@@ -5,6 +5,7 @@ Weights and activations have names of their own, so that a rule for one never mo
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -48,6 +49,41 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis over the data and fsdp axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def global_rows(
+    mesh: Mesh, rows_on: Callable[[jax.Device, slice], Any], shape: tuple[int, ...]
+) -> jax.Array:
+    """The array whose rows, over the batch axes of a mesh, are those of all processes in order.
+
+    Transfers are explicit, so that a guard against others lets them pass.
+
+    Args:
+        mesh: Where the result lies.
+        rows_on: (device, slice) -> some of this process's rows, on the host or on that device.
+        shape: Of this process's rows.
+
+    Raises:
+        ValueError: The devices of this process do not hold as many rows as it has.
+    """
+    target = batch_sharding(mesh)
+    whole = (shape[0] * jax.process_count(), *shape[1:])
+    places = {
+        device: index[0].indices(whole[0])[:2]
+        for device, index in target.addressable_devices_indices_map(whole).items()
+    }
+    first = min(start for start, _ in places.values())
+    last = max(stop for _, stop in places.values())
+    if last - first != shape[0]:
+        raise ValueError(
+            f"a process has {shape[0]} rows, but its devices hold {last - first} of"
+            f" {whole[0]} on mesh {dict(mesh.shape)}: give every process whole rows"
+        )
+    parts = [
+        jax.device_put(rows_on(device, slice(start - first, stop - first)), device)
+        for device, (start, stop) in places.items()
+    ]
+    return jax.make_array_from_single_device_arrays(whole, target, parts)
 
 
 def tree_shardings(abstract: Any, mesh: Mesh) -> Any:

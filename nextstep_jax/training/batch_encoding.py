@@ -100,17 +100,10 @@ def _distribute(
     latents: Float[Array, "positions token"], shape: tuple[int, int, int], mesh: jax.sharding.Mesh
 ) -> Float[Array, "batch length token"]:
     """An array that every local device has whole -> the global array, each device with its rows."""
-    rows, length, token_dim = shape
-    target = sharding.batch_sharding(mesh)
-    whole = (rows * jax.process_count(), length, token_dim)
-    places = target.addressable_devices_indices_map(whole)
-    first = min(index[0].indices(whole[0])[0] for index in places.values())
-    copies = {shard.device: shard.data for shard in latents.addressable_shards}
-    parts = []
-    for device, index in places.items():
-        start, stop, _ = index[0].indices(whole[0])
-        part = jax.lax.slice_in_dim(
-            copies[device], (start - first) * length, (stop - first) * length
-        )
-        parts.append(part.reshape(stop - start, length, token_dim))
-    return jax.make_array_from_single_device_arrays(whole, target, parts)
+    copies = {shard.device: shard.data.reshape(shape) for shard in latents.addressable_shards}
+
+    def rows_on(device: jax.Device, rows: slice) -> jax.Array:
+        # Not by an index, which would be sent to the device.
+        return jax.lax.slice_in_dim(copies[device], rows.start, rows.stop)
+
+    return sharding.global_rows(mesh, rows_on, shape)

@@ -190,7 +190,7 @@ class StoredParams:
                 shall have, where they have one; by default all, as it is on disk. Without a
                 sharding a leaf goes to the default device.
         """
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         tree = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device),
             self.abstract if abstract is None else abstract,

@@ -376,8 +376,9 @@ def to_device(mesh: jax.sharding.Mesh, local: Any) -> Any:
             f"a batch of {num_rows} rows does not divide over mesh {dict(mesh.shape)}: it must be a"
             f" multiple of {' x '.join(sharding.BATCH_AXES)} = {ways}"
         )
-    rows = sharding.batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), local)
+    return jax.tree.map(
+        lambda x: sharding.global_rows(mesh, lambda _, rows: x[rows], x.shape), local
+    )
 
 
 class _Pending:

@@ -7,9 +7,10 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from nextstep_jax.data import source_types
+from nextstep_jax.data import pipeline, source_types
 from nextstep_jax.data.arrangement import LayoutConfig
 from nextstep_jax.data.photographs import PhotographSource
+from nextstep_jax.data.schema import KINDS
 from nextstep_jax.data.shapes import ShapesSource
 from nextstep_jax.data.sources import ImageFolderSource
 from nextstep_jax.models.config import nextstep_config
@@ -188,3 +189,36 @@ def test_shapes_configs_build(level, tokenizer):
         config.data.row_length,
     )
     iterator.close()
+
+
+# Table 1 of the paper: text only, image-text pairs, image-to-image, interleaved.
+@pytest.mark.parametrize(
+    ("stage", "ratios", "rate"),
+    [
+        ("stage1", (0.2, 0.6, 0.0, 0.2), 1e-4),
+        ("stage2", (0.2, 0.6, 0.0, 0.2), 1e-5),
+        ("annealing", (0.2, 0.6, 0.1, 0.1), 1e-5),
+        ("sft", (0.0, 0.9, 0.1, 0.0), 1e-5),
+    ],
+)
+def test_stages_mix_and_crop_as_published(stage, ratios, rate, tokenizer):
+    """Shares of the documents that are read, up to whole ones."""
+    config = experiment.plain(importlib.import_module("configs.stages").get_config(stage))
+    experiment.check_sections(config, experiment.MODEL_SECTIONS)
+    assert experiment.build_loop(config).optimizer.learning_rate == rate
+    config["data"].update(row_length=640, rows_per_batch=1, num_open_rows=3)  # Drawing takes time.
+    data = experiment.build_data(config)
+    sources = experiment.build_sources(config)
+    model = experiment.build_model_config({"size": "tiny", "decoder": {"vocab_size": 272}})
+    iterator = iter(pipeline.make_pipeline(sources, tokenizer, model, data))
+    sizes = {size for _ in range(4) for size in next(iterator)["images"]}
+    counts, read = iterator.counts()["read"], dict.fromkeys(KINDS, 0)
+    iterator.close()
+    for name, number in counts.items():
+        read[name.split("-")[0]] += number
+    total = sum(read.values())
+    assert total > 20
+    for kind, ratio in zip(KINDS, ratios, strict=True):
+        assert abs(read[kind] - ratio * total) <= 2 * len(counts)
+    assert sizes == ({"64x64"} if stage == "stage1" else {"64x64", "128x128"})
+    assert data.layout.random_crop == (stage == "stage1")

@@ -1,4 +1,6 @@
-"""A real run in a process of its own: tiny_run.py SPEC WORKDIR.
+"""A real run in a process of its own: tiny_run.py SPEC WORKDIR [ADDRESS COUNT INDEX].
+
+With an address, one of COUNT processes that train together.
 
 SPEC is a JSON file {"config": experiment, "vae_params": path of a `save_tree`}. The metrics get a
 checksum of the batch that the step has read, latents included, and the bytes-only tokenizer is
@@ -31,8 +33,10 @@ def checksum(batch):
     return (total & jnp.uint32(0xFFFFFF)).astype(jnp.float32)
 
 
-def main(spec_path, workdir):
+def main(spec_path, workdir, address=None, count=1, index=0):
     """Runs, or continues, until the configured number of steps."""
+    if address is not None:
+        jax.distributed.initialize(address, int(count), int(index))
     set_up_logging()
     flags.FLAGS.mark_as_parsed()
     spec = json.loads(pathlib.Path(spec_path).read_text())
