@@ -1,15 +1,18 @@
-"""NextStep on records whose images are encoded already, by launch/encode_latents.py.
+"""NextStep on records: of images, or of latents that launch/encode_latents.py has made of them.
 
     python launch/train.py --config=configs/records.py:photos.rec --tokenizer=runs/tok --workdir=run
 
-The argument is the folder of records; the tokenizer must be the one that made them. The sizes
-must be those that they were made with: --config.image_size=64 and "--config.data.image_bases=(64,)"
-for --image_bases=64. The model is that of configs/folder.py; on a CPU make it smaller, for example
---config.model.size=tiny --config.data.row_length=256.
+The argument is the folder of records; with latents the tokenizer must be the one that made them,
+and the sizes those that they were made with: --config.image_size=64 and
+"--config.layout.image_bases=(64,)" for --image_bases=64. The model is that of configs/folder.py;
+on a CPU make it smaller, for example --config.model.size=tiny --config.data.row_length=256.
 """
+
+import pathlib
 
 from ml_collections import ConfigDict
 
+from nextstep_jax.data.records import INDEX, read_index
 from nextstep_jax.training.experiment import (
     data_defaults,
     defaults,
@@ -41,7 +44,9 @@ def get_config(folder: str = "records") -> ConfigDict:
                 "flow_head": {"width": 1024, "num_layers": 6},
             },
             "sources": {"records": {"type": "records", "root": folder, "weight": 1.0}},
-            "data": data_defaults(row_length=4096, rows_per_batch=16, latents=True, num_threads=2),
+            "data": data_defaults(
+                row_length=4096, rows_per_batch=16, latents=_holds_latents(folder), num_threads=2
+            ),
             # The grids are those of the records: what launch/encode_latents.py was given.
             "layout": layout_defaults(image_bases=(256,)),
             "loss": defaults(LossConfig),
@@ -65,3 +70,9 @@ def get_config(folder: str = "records") -> ConfigDict:
             "remat": "none",
         }
     )
+
+
+def _holds_latents(folder: str) -> bool:
+    """Whether records hold latents or images; what is not there yet is said when it is opened."""
+    index = pathlib.Path(folder) / INDEX
+    return not index.is_file() or read_index(folder)["latents"] is not None
