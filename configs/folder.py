@@ -2,15 +2,17 @@
 
     python launch/train.py --config=configs/folder.py:photos --tokenizer=runs/tok --workdir=runs/me
 
-The argument is the folder. The size is that of a workstation GPU; on a CPU make it smaller, for
-example --config.model.size=tiny --config.image_size=64 --config.data.row_length=256.
+The argument is the folder. The size is that of a workstation GPU; "configs/folder.py:photos,tiny"
+is for a CPU: a small model on images of 64 pixels.
 """
 
 from ml_collections import ConfigDict
 
 from nextstep_jax.training.experiment import (
+    WORKSTATION,
     data_defaults,
     defaults,
+    folder_and_size,
     layout_defaults,
     loop_defaults,
     optimizer_defaults,
@@ -18,33 +20,23 @@ from nextstep_jax.training.experiment import (
 from nextstep_jax.training.pretrain import LossConfig
 
 
-def get_config(folder: str = "photos") -> ConfigDict:
+def get_config(argument: str = "photos") -> ConfigDict:
     """The experiment."""
+    folder, tiny = folder_and_size(argument)
     return ConfigDict(
         {
-            "image_size": 256,
+            "image_size": 64 if tiny else 256,
             # The text tokenizer is trained on the captions; its special tokens come first.
-            "model": {
-                "size": "tiny",
-                "decoder": {
-                    "embed_dim": 768,
-                    "num_layers": 12,
-                    "num_heads": 12,
-                    "num_kv_heads": 4,
-                    "head_dim": 64,
-                    "mlp_dim": 2048,
-                    "vocab_size": 8192,
-                },
-                "flow_head": {"width": 1024, "num_layers": 6},
-            },
+            "model": {"size": "tiny"} if tiny else WORKSTATION,
             "sources": {"photos": {"type": "folder", "root": folder, "weight": 1.0}},
             "data": data_defaults(
-                row_length=4096,
+                row_length=512 if tiny else 4096,
                 rows_per_batch=4,
                 num_threads=2,
             ),
-            # Every image goes to the nearest of 17 shapes unless square_only says otherwise.
-            "layout": layout_defaults(),
+            # Every image goes to the nearest of 17 shapes unless square_only says otherwise; each
+            # shape is a program to compile.
+            "layout": layout_defaults(square_only=tiny),
             "loss": defaults(LossConfig),
             "optimizer": optimizer_defaults(
                 learning_rate=3e-4,

@@ -4,8 +4,8 @@
 
 The argument is the folder of records; with latents the tokenizer must be the one that made them,
 and the sizes those that they were made with: --config.image_size=64 and
-"--config.layout.image_bases=(64,)" for --image_bases=64. The model is that of configs/folder.py;
-on a CPU make it smaller, for example --config.model.size=tiny --config.data.row_length=256.
+"--config.layout.image_bases=(64,)" for --image_bases=64. The model is that of configs/folder.py,
+and "configs/records.py:photos.rec,tiny" is that of a CPU, on images of 64 pixels.
 """
 
 import pathlib
@@ -14,8 +14,10 @@ from ml_collections import ConfigDict
 
 from nextstep_jax.data.records import INDEX, read_index
 from nextstep_jax.training.experiment import (
+    WORKSTATION,
     data_defaults,
     defaults,
+    folder_and_size,
     layout_defaults,
     loop_defaults,
     optimizer_defaults,
@@ -23,32 +25,24 @@ from nextstep_jax.training.experiment import (
 from nextstep_jax.training.pretrain import LossConfig
 
 
-def get_config(folder: str = "records") -> ConfigDict:
+def get_config(argument: str = "records") -> ConfigDict:
     """The experiment."""
+    folder, tiny = folder_and_size(argument)
     return ConfigDict(
         {
             # Of the pictures that are sampled.
-            "image_size": 256,
+            "image_size": 64 if tiny else 256,
             # The text tokenizer is trained on the captions; its special tokens come first.
-            "model": {
-                "size": "tiny",
-                "decoder": {
-                    "embed_dim": 768,
-                    "num_layers": 12,
-                    "num_heads": 12,
-                    "num_kv_heads": 4,
-                    "head_dim": 64,
-                    "mlp_dim": 2048,
-                    "vocab_size": 8192,
-                },
-                "flow_head": {"width": 1024, "num_layers": 6},
-            },
+            "model": {"size": "tiny"} if tiny else WORKSTATION,
             "sources": {"records": {"type": "records", "root": folder, "weight": 1.0}},
             "data": data_defaults(
-                row_length=4096, rows_per_batch=16, latents=_holds_latents(folder), num_threads=2
+                row_length=512 if tiny else 4096,
+                rows_per_batch=4 if tiny else 16,
+                latents=_holds_latents(folder),
+                num_threads=2,
             ),
             # The grids are those of the records: what launch/encode_latents.py was given.
-            "layout": layout_defaults(image_bases=(256,)),
+            "layout": layout_defaults(image_bases=(64,) if tiny else (256,)),
             "loss": defaults(LossConfig),
             "optimizer": optimizer_defaults(
                 learning_rate=3e-4,

@@ -48,6 +48,21 @@ TOKENIZER_SECTIONS = {
     *("init_from", "dtype", "remat"),
 }
 
+WORKSTATION = {
+    "size": "tiny",
+    "decoder": {
+        "embed_dim": 768,
+        "num_layers": 12,
+        "num_heads": 12,
+        "num_kv_heads": 4,
+        "head_dim": 64,
+        "mlp_dim": 2048,
+        "vocab_size": 8192,
+    },
+    "flow_head": {"width": 1024, "num_layers": 6},
+}
+"""The model of configs for data of one's own: about 110M parameters, for one GPU."""
+
 # Documents of each source that the text tokenizer of a small model is trained on.
 _NUM_TOKENIZER_DOCUMENTS = 4000
 
@@ -101,6 +116,18 @@ def layout_defaults(**changes: Any) -> dict[str, Any]:
     for name in ("image_bases", "pixels_per_token"):
         values.pop(name)
     return {**values, **changes}
+
+
+def folder_and_size(argument: str) -> tuple[str, bool]:
+    """The folder of "FOLDER" or "FOLDER,tiny", and whether the model shall be tiny.
+
+    Raises:
+        ValueError: Another size is asked for.
+    """
+    folder, _, size = argument.partition(",")
+    if size not in ("", "tiny"):
+        raise ValueError(f"config argument {argument!r} must be FOLDER or FOLDER,tiny")
+    return folder, bool(size)
 
 
 def check_sections(config: Config, known: set[str]) -> None:
