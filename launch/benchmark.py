@@ -12,10 +12,15 @@ import_memory: peak host memory of converting and of loading a random published 
 device and sharded over eight fake ones, beside the bound: twice the largest stacked parameter plus
 2 GB.
 
+data: documents, images and tokens per second of the whole data pipeline on one core, for each
+format of the source and size of the images, beside decoding and resizing alone; then with threads
+on all cores.
+
 Examples:
     python launch/benchmark.py flow_head --head=b --steps=28 --rows=2 --json=flow_head.json
     python launch/benchmark.py sampling --size=14b --steps=28 --tokens=256 --dtype=bfloat16
     python launch/benchmark.py import_memory --gigabytes=6.5
+    python launch/benchmark.py data --formats=folder,tars,records --sizes=256,512 --threads=1,2
 """
 
 import argparse
@@ -26,7 +31,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -37,8 +42,8 @@ from absl.flags import argparse_flags
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from nextstep_jax.evaluation import data_speed, roofline, sampling_speed, timing
 from nextstep_jax.evaluation import import_memory as memory
-from nextstep_jax.evaluation import roofline, sampling_speed, timing
 from nextstep_jax.flow.solvers import SOLVERS
 from nextstep_jax.models.config import DECODERS, FLOW_HEADS, NextStepConfig, nextstep_config
 from nextstep_jax.models.flow_head import FlowHead
@@ -281,6 +286,45 @@ def _import_memory_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", help="where it is made; by default the temporary folder")
 
 
+def data(args: argparse.Namespace) -> dict[str, Any]:
+    """Rates of the data pipeline by format and size, on one core and with threads.
+
+    Raises:
+        ValueError: An unknown format, or a number out of range.
+    """
+    setting = data_speed.Setting(
+        formats=tuple(args.formats.split(",")),
+        sizes=_numbers("sizes", args.sizes),
+        source_size=args.source_size,
+        num_images=args.num_images,
+        threads=_numbers("threads", args.threads),
+        repeats=args.repeats,
+    )
+    return data_speed.run(setting)
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    """The whole numbers of a list with commas."""
+    try:
+        return tuple(int(number) for number in text.split(",") if number)
+    except ValueError as error:
+        raise ValueError(f"{name}={text!r} must be whole numbers with commas between") from error
+
+
+def _data_flags(parser: argparse.ArgumentParser) -> None:
+    add, default = parser.add_argument, data_speed.Setting()
+
+    def listed(values: Iterable[Any]) -> str:
+        return ",".join(map(str, values))
+
+    add("--formats", default=listed(default.formats), help="which of these, with commas")
+    add("--sizes", default=listed(default.sizes), help="sides that images are fitted to")
+    add("--source_size", type=int, default=default.source_size, help="side of the JPEG files")
+    add("--num_images", type=int, default=default.num_images, help="different files")
+    add("--threads", default=listed(default.threads), help="threads on all cores; '' for none")
+    add("--repeats", type=int, default=default.repeats, help="timed rounds")
+
+
 # A new benchmark is one function and one row.
 BENCHMARKS = {
     "flow_head": Benchmark(
@@ -292,6 +336,7 @@ BENCHMARKS = {
     "import_memory": Benchmark(
         "peak host memory of importing a checkpoint", _import_memory_flags, import_memory
     ),
+    "data": Benchmark("the data pipeline by format, per core", _data_flags, data),
 }
 
 

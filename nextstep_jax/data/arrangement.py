@@ -122,7 +122,7 @@ class Draws:
     @classmethod
     def of(cls, rng: np.random.Generator) -> "Draws":
         """Draws all of them."""
-        return cls(*rng.random(len(dataclasses.fields(cls))))
+        return cls(*rng.random(len(cls.__dataclass_fields__)).tolist())
 
 
 def arrange_parts(document: Document, config: LayoutConfig, draws: Draws) -> tuple[Part, ...]:

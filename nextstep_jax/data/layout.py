@@ -50,9 +50,7 @@ class _Block:
     image_weights: np.ndarray
 
     @classmethod
-    def of(
-        cls, ids: ListLike[int], text_weights: Any = 0.0, image_weights: Any = 0.0
-    ) -> "_Block":
+    def of(cls, ids: ListLike[int], text_weights: Any = 0.0, image_weights: Any = 0.0) -> "_Block":
         """The arrays of these numbers; a weight may be one for all tokens."""
         block = cls(
             np.array(ids, np.int32),
@@ -64,13 +62,34 @@ class _Block:
         return block
 
 
+Fitted = tuple[Shaped[np.ndarray, "..."], buckets.Grid]
+"""The array of an image as the sequence holds it, and its grid; see `fit_image`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """A document whose choices are made and whose texts are tokenised; no image is opened yet.
+
+    Attributes:
+        document: The document.
+        parts: What is left of it, in order.
+        blocks: The tokens of each part; None for an image, whose grid is not known.
+        places: Of each image, where it is cropped; see `images.resize_cover`.
+    """
+
+    document: Document
+    parts: tuple[Part, ...]
+    blocks: tuple[_Block | None, ...]
+    places: tuple[tuple[float, float], ...]
+
+
 def lay_out(
     document: Document,
     tokenizer: TextTokenizer,
     config: LayoutConfig,
     rng: np.random.Generator,
 ) -> Sequence:
-    """Lays a document out as a sequence.
+    """Lays a document out as a sequence: `draft`, `fit_images` and `assemble` in turn.
 
     Args:
         document: The document. Its pixels are decoded and fitted to their bucket here.
@@ -83,22 +102,56 @@ def lay_out(
         DocumentError: If the parts do not fit the kind, or an image cannot be used; names the
             document.
     """
+    drafted = draft(document, tokenizer, config, rng)
+    return assemble(drafted, fit_images(drafted, config), tokenizer)
+
+
+def draft(
+    document: Document,
+    tokenizer: TextTokenizer,
+    config: LayoutConfig,
+    rng: np.random.Generator,
+) -> Draft:
+    """The first step of `lay_out`: all choices, and the tokens of the texts.
+
+    Raises:
+        DocumentError: If the parts do not fit the kind; names the document.
+    """
     draws = Draws.of(rng)
     try:
-        blocks, arrays, grids = [], [], []
         parts = arrange_parts(document, config, draws)
-        for part in parts:
-            if isinstance(part, Text):
-                blocks.append(_text_block(part, tokenizer))
-            else:
-                place = tuple(rng.random(2)) if config.random_crop else (0.5, 0.5)
-                array, grid = fit_image(part, config, place)
-                arrays.append(array)
-                grids.append(grid)
-                blocks.append(_image_block(grid, part.loss, tokenizer))
     except DocumentError as error:
-        raise error.within(f"document {document.source}/{document.id}") from error
-    blocks.append(_eos_block(parts, blocks, tokenizer))
+        raise _naming(document, error) from error
+    num_images = sum(isinstance(part, Image) for part in parts)
+    centre = (0.5, 0.5)
+    return Draft(
+        document,
+        parts,
+        tuple(_text_block(p, tokenizer) if isinstance(p, Text) else None for p in parts),
+        tuple(tuple(rng.random(2)) if config.random_crop else centre for _ in range(num_images)),
+    )
+
+
+def fit_images(drafted: Draft, config: LayoutConfig) -> list[Fitted]:
+    """The second step of `lay_out`: nearly all of its work, where there are images.
+
+    Raises:
+        DocumentError: If an image cannot be used; names the document.
+    """
+    found = [part for part in drafted.parts if isinstance(part, Image)]
+    try:
+        pairs = zip(found, drafted.places, strict=True)
+        return [fit_image(image, config, place) for image, place in pairs]
+    except DocumentError as error:
+        raise _naming(drafted.document, error) from error
+
+
+def assemble(drafted: Draft, fitted: ListLike[Fitted], tokenizer: TextTokenizer) -> Sequence:
+    """The last step of `lay_out`: the arrays of the sequence."""
+    document, blocks, grids = drafted.document, [], iter(grid for _, grid in fitted)
+    for part, block in zip(drafted.parts, drafted.blocks, strict=True):
+        blocks.append(block or _image_block(next(grids), part.loss, tokenizer))
+    blocks.append(_eos_block(drafted.parts, blocks, tokenizer))
 
     token_ids = np.concatenate([block.ids for block in blocks])
     places = np.flatnonzero(token_ids == tokenizer.image_placeholder_id)
@@ -109,11 +162,15 @@ def lay_out(
         text_weights=np.concatenate([block.text_weights for block in blocks]),
         image_weights=np.concatenate([block.image_weights for block in blocks]),
         image_ref=image_ref,
-        images=tuple(arrays),
-        grids=tuple(grids),
+        images=tuple(array for array, _ in fitted),
+        grids=tuple(grid for _, grid in fitted),
         document_id=f"{document.source}/{document.id}",
         kind=document.kind,
     )
+
+
+def _naming(document: Document, error: DocumentError) -> DocumentError:
+    return error.within(f"document {document.source}/{document.id}")
 
 
 @functools.lru_cache(maxsize=1024)  # A run has few grids, and asks for one with every image.
@@ -170,7 +227,7 @@ def prompt_prefix(
 
 def fit_image(
     image: Image, config: LayoutConfig, place: tuple[float, float] = (0.5, 0.5)
-) -> tuple[Shaped[np.ndarray, "..."], buckets.Grid]:
+) -> Fitted:
     """The array of an image as the sequence holds it, and its grid.
 
     Args:
@@ -205,10 +262,17 @@ def fit_image(
             f" {config.max_aspect_ratio}",
         )
     stride = config.pixels_per_token
-    height, width = buckets.choose_size(
-        *size, config.image_bases, stride=stride, square_only=config.square_only
-    )
-    return images.resize_cover(picture, height, width, place), buckets.grid_of(height, width, stride)
+    (height, width), grid = _bucket_of(size, config.image_bases, stride, config.square_only)
+    return images.resize_cover(picture, height, width, place), grid
+
+
+@functools.lru_cache(maxsize=4096)  # Data sets have many images of a few sizes.
+def _bucket_of(
+    size: buckets.Size, bases: tuple[int, ...], stride: int, square_only: bool
+) -> tuple[buckets.Size, buckets.Grid]:
+    """The size that an image is fitted to, and the grid of that."""
+    fitted = buckets.choose_size(*size, bases, stride=stride, square_only=square_only)
+    return fitted, buckets.grid_of(*fitted, stride)
 
 
 def _text_block(text: Text, tokenizer: TextTokenizer) -> _Block:

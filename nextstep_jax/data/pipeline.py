@@ -15,9 +15,10 @@ stopped on four processes goes on with two. It only fits the pipeline that made 
 
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import logging
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import grain
@@ -199,26 +200,20 @@ def make_pipeline(
     )
     each = config.streams // process_count
     own = range(process_index * each, (process_index + 1) * each)
-    return Pipeline(own, readers, weights, config, collate_config)
+    args = (own, readers, weights, config, collate_config)
+    return Pipeline(functools.partial(PipelineIterator, *args))
 
 
 class Pipeline:
     """A process's part of a run's batches; see `make_pipeline`."""
 
-    def __init__(
-        self,
-        own: range,
-        readers: Mapping[str, Reader],
-        weights: Mapping[str, float],
-        config: DataConfig,
-        collate_config: CollateConfig,
-    ):
-        """Holds the parts; `own` are the streams of this process."""
-        self._args = (own, readers, weights, config, collate_config)
+    def __init__(self, start: Callable[[], "PipelineIterator"]):
+        """Holds what makes an iterator."""
+        self._start = start
 
     def __iter__(self) -> "PipelineIterator":
         """An iterator that begins at the first batch."""
-        return PipelineIterator(*self._args)
+        return self._start()
 
 
 class _Batches(grain.DatasetIterator):
@@ -265,7 +260,15 @@ class PipelineIterator:
         config: DataConfig,
         collate_config: CollateConfig,
     ):
-        """Begins at the first batch; nothing is read until it is asked for."""
+        """Begins at the first batch; nothing is read until it is asked for.
+
+        Args:
+            own: The streams of this process.
+            readers: Of every source, by name.
+            weights: Of every source, by name.
+            config: The run's.
+            collate_config: The form of a batch.
+        """
         self._own, self._num_streams = own, config.streams
         self._source_names = tuple(readers)
         self._pool = None

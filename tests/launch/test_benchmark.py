@@ -192,3 +192,29 @@ def test_random_weights_are_drawn_in_their_dtype():
 def test_bad_flags_of_sampling(flag, message):
     with pytest.raises(SystemExit, match=f"benchmark sampling: {message}"):
         benchmark.main(benchmark.parse_flags([PROGRAM, *SMALL, flag]))
+
+
+def test_data_report(tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    flags = ["--formats=records", "--sizes=32", "--source_size=32", "--num_images=4"]
+    flags += ["--threads=", "--repeats=1", f"--json={path}"]
+    benchmark.main(benchmark.parse_flags([PROGRAM, "data", *flags]))
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert json.loads(capsys.readouterr().out) == report
+    assert report["settings"] | {"formats": ["records"], "sizes": [32]} == report["settings"]
+    (figures,) = report["per_core"].values()
+    assert figures["counted"]["images"] == figures["counted"]["documents"] > 0
+    assert report["all_cores"] == {}
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--formats=zip", r"formats=\['zip'\]; choose from \['folder', 'tars'"),
+        ("--sizes=small", "sizes='small' must be whole numbers with commas between"),
+        ("--num_images=0", "num_images=0 must be at least 1"),
+    ],
+)
+def test_bad_flags_of_data(flag, message):
+    with pytest.raises(SystemExit, match=f"benchmark data: {message}"):
+        benchmark.main(benchmark.parse_flags([PROGRAM, "data", flag]))
