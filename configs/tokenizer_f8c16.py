@@ -20,12 +20,12 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from nextstep_jax.data.source_types import source_values
 from nextstep_jax.models.config import VAEConfig
 from nextstep_jax.training.experiment import (
     defaults,
     loop_defaults,
     optimizer_defaults,
-    source_values,
 )
 from nextstep_jax.training.tokenizer import TokenizerConfig
 

@@ -6,16 +6,18 @@ On top of all rooms: here training meets the sample grids and scores that it mus
 import dataclasses
 import functools
 import itertools
+import logging
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
 
+from nextstep_jax.data.faults import DocumentError
 from nextstep_jax.data.schema import Text
 from nextstep_jax.data.sources import DocumentSource
 from nextstep_jax.data.tolerance import good_documents
@@ -197,5 +199,20 @@ def _held_out_pixels(config: Any, image_size: int) -> np.ndarray:
     """Images that the run does not train on, of every source that has a held-out split."""
     sources = experiment.build_sources(config, image_size, held_out=True)
     each = -(-_NUM_RECONSTRUCTIONS // len(sources))
-    documents = (source[i % len(source)] for source, _ in sources.values() for i in range(each))
-    return np.stack([first_image(document, image_size) for document in documents])
+    pixels = []
+    for source, _ in sources.values():
+        found = list(itertools.islice(_good_images(source, image_size), each))
+        # A short source gives its images more than once.
+        pixels += list(itertools.islice(itertools.cycle(found), each))
+    if not pixels:
+        raise ValueError("none of the sources has an image that can be used")
+    return np.stack(pixels)
+
+
+def _good_images(source: DocumentSource, image_size: int) -> Iterator[np.ndarray]:
+    """The first images of a source, without those of bad documents."""
+    for document in good_documents(source):
+        try:
+            yield first_image(document, image_size)
+        except DocumentError as error:
+            logging.info("passed over: %s", error)

@@ -15,6 +15,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 # A pyarrow.Table. Not named in annotations, as pyarrow may be missing.
 Table = Any
 
@@ -199,3 +201,13 @@ def run_rows(dataset: Any, done: Callable[[dict[str, Any]], None]) -> None:
     with plain_errors():
         for row in dataset.iter_rows():
             done(row)
+
+
+def collect_columns(dataset: Any) -> dict[str, np.ndarray]:
+    """Runs a dataset; all rows of its small result, by column, or {} without any."""
+    with plain_errors():
+        batches = list(dataset.iter_batches(batch_size=None, batch_format="numpy"))
+    batches = [batch for batch in batches if batch and len(next(iter(batch.values())))]
+    if not batches:
+        return {}
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}

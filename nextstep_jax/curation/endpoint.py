@@ -15,6 +15,7 @@ import hashlib
 import http.client
 import json
 import logging
+import math
 import os
 import pathlib
 import tempfile
@@ -32,6 +33,8 @@ _TEMPORARY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _REFUSED = frozenset({401, 403, 404, 405})
 _MAX_WAIT = 120.0
 _MAX_QUOTED = 200
+# Bytes of an answer; captions are a thousandth of it. Ours.
+_MAX_ANSWER = 2**20
 _BOOT_ID = pathlib.Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -73,9 +76,9 @@ class RateLimit:
             self._sleep(turn - now)
 
     def pause(self, seconds: float) -> None:
-        """Lets no request leave for so long, from any process."""
+        """Lets no request leave for so long, from any process; for some minutes at most."""
         with self._next() as (now, begins, write):
-            write(max(begins, now + seconds))
+            write(max(begins, now + _capped(seconds)))
 
     @contextlib.contextmanager
     def _next(self) -> Iterator[tuple[float, float, Callable[[float], None]]]:
@@ -91,7 +94,11 @@ class RateLimit:
                 file.write(repr(begins))
                 file.flush()
 
-            yield time.monotonic(), float(text or 0.0), write
+            begins = 0.0
+            with contextlib.suppress(ValueError):
+                begins = float(text or 0.0)
+            # What is no time would stop everybody for good.
+            yield time.monotonic(), begins if math.isfinite(begins) else 0.0, write
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -176,9 +183,11 @@ class Endpoint:
         request = urllib.request.Request(self._url, data, self._headers, method="POST")
         try:
             with self._opener.open(request, timeout=self._options.timeout) as response:
-                return _caption_in(response.read()), None, 0.0
+                return _caption_in(_body_of(response)), None, 0.0
         except urllib.error.HTTPError as error:
-            with error:
+            text = ""
+            # The connection may break now, too.
+            with error, contextlib.suppress(OSError, http.client.HTTPException):
                 text = error.read(_MAX_QUOTED).decode("utf-8", "replace")
             said = f"{error.code} {error.reason}: {text}".strip(": ")
             if error.code in _TEMPORARY:
@@ -190,27 +199,53 @@ class Endpoint:
             return "", f"{type(error).__name__}: {error}", 0.0
 
 
+def _body_of(response: http.client.HTTPResponse) -> bytes:
+    """The body of a response.
+
+    Raises:
+        NoAnswerError: It is longer than any caption.
+        http.client.IncompleteRead: It is cut off.
+    """
+    body = response.read(_MAX_ANSWER + 1)
+    if len(body) > _MAX_ANSWER:
+        raise NoAnswerError(f"an answer of more than {_MAX_ANSWER} bytes")
+    # With a limit, the library does not check this.
+    if response.length:
+        raise http.client.IncompleteRead(body, response.length)
+    return body
+
+
 def _caption_in(response: bytes) -> str:
     """The text of the first choice.
 
     Raises:
-        NoAnswerError: There is none, or it is empty.
+        NoAnswerError: There is none, it is empty, or it is no text that UTF-8 can say.
     """
     try:
         text = json.loads(response)["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise NoAnswerError(f"no chat completion: {response[:_MAX_QUOTED]!r}") from error
     if not isinstance(text, str) or not text.strip():
-        raise NoAnswerError(f"an empty answer: {text!r}")
+        raise NoAnswerError(f"an empty answer: {response[:_MAX_QUOTED]!r}")
+    try:
+        # JSON can name half of a surrogate pair.
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise NoAnswerError(f"an answer that is no text: {error}") from error
     return text.strip()
 
 
 def _seconds(retry_after: str | None) -> float:
-    """The wait that a Retry-After header asks for: a number of seconds, or a date."""
+    """The wait that a Retry-After header asks for, by a number of seconds or a date; capped."""
     if not retry_after:
         return 0.0
     with contextlib.suppress(ValueError):
-        return max(0.0, float(retry_after))
-    with contextlib.suppress(TypeError, ValueError):
-        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
+        return _capped(float(retry_after))
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        return _capped(email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
     return 0.0
+
+
+def _capped(seconds: float) -> float:
+    """A wait between 0 and `_MAX_WAIT`; the latter for what is no number."""
+    return min(max(0.0, seconds), _MAX_WAIT) if math.isfinite(seconds) else _MAX_WAIT

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int64, UInt64
 
 from nextstep_jax.curation import duplicates
-from nextstep_jax.curation.cluster import Shared, plain_errors
+from nextstep_jax.curation.cluster import Shared, collect_columns
 from nextstep_jax.curation.config import Duplicates
 from nextstep_jax.curation.facts import read_facts
 from nextstep_jax.curation.stages import Plan
@@ -70,7 +70,7 @@ def find_groups(ray: Any, plan: Plan) -> Groups:
     hashes = ray.data.range(plan.num_shards).map_batches(
         functools.partial(_hash_rows, plan=plan), batch_format="numpy", batch_size=None
     )
-    edges = _collect(
+    edges = collect_columns(
         hashes.map_batches(functools.partial(_keyed, masks=masks, buckets=buckets), **_NUMPY)
         .groupby("bucket")
         .map_groups(functools.partial(_edges, stage=stage), batch_format="numpy")
@@ -79,7 +79,7 @@ def find_groups(ray: Any, plan: Plan) -> Groups:
     members, roots = duplicates.components(np.stack([_unsigned(end) for end in ends], axis=1))
     shared = Shared(ray, (members, roots))
     buckets = max(1, plan.num_documents // _ROWS_PER_BUCKET)
-    found = _collect(
+    found = collect_columns(
         hashes.map_batches(functools.partial(_rooted, components=shared, buckets=buckets), **_NUMPY)
         .groupby("bucket")
         .map_groups(_best, batch_format="numpy")
@@ -159,13 +159,3 @@ def _best(batch: Columns) -> Columns:
         _unsigned(batch["root"]), batch["index"], batch["quality"]
     )
     return {"root": _signed(root), "first": first, "best": best}
-
-
-def _collect(dataset: Any) -> Columns:
-    """All rows of a small result, by column."""
-    with plain_errors():
-        batches = list(dataset.iter_batches(batch_size=None, batch_format="numpy"))
-    batches = [batch for batch in batches if batch and len(next(iter(batch.values())))]
-    if not batches:
-        return {}
-    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}

@@ -23,7 +23,7 @@ import PIL.Image
 from nextstep_jax.curation.config import Recaption
 from nextstep_jax.curation.endpoint import Endpoint, NoAnswerError
 from nextstep_jax.data.faults import DocumentError
-from nextstep_jax.data.images import pixels_of
+from nextstep_jax.data.images import open_image, pixels_of
 from nextstep_jax.data.record_writer import write_json
 from nextstep_jax.data.schema import Document, Image, Text
 
@@ -40,11 +40,13 @@ class CaptionCache:
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, key: str) -> str | None:
-        """The answer under a key, if there is one."""
+        """The answer under a key, if there is one, and it is text that can be written."""
         try:
-            return json.loads(self._path(key).read_text(encoding="utf-8"))["caption"]
-        except FileNotFoundError:
+            caption = json.loads(self._path(key).read_text(encoding="utf-8"))["caption"]
+            caption.encode()
+        except (FileNotFoundError, UnicodeEncodeError):
             return None
+        return caption
 
     def put(self, key: str, caption: str) -> None:
         """Keeps an answer; it is whole or not there."""
@@ -145,13 +147,10 @@ def file_of(image: Image, max_side: int | None) -> tuple[bytes, str]:
         DocumentError: It cannot be decoded.
     """
     if image.encoded is not None:
-        try:
-            with PIL.Image.open(io.BytesIO(image.encoded)) as opened:
-                small = max_side is None or max(opened.size) <= max_side
-                if small and opened.format in _MEDIA_TYPES:
-                    return image.encoded, _MEDIA_TYPES[opened.format]
-        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-            raise DocumentError("bad_image", f"cannot decode the image: {error}") from error
+        with open_image(image.encoded) as opened:
+            small = max_side is None or max(opened.size) <= max_side
+            if small and opened.format in _MEDIA_TYPES:
+                return image.encoded, _MEDIA_TYPES[opened.format]
     picture = PIL.Image.fromarray(pixels_of(image))
     kind, quality = "PNG", {}
     if max_side is not None and max(picture.size) > max_side:

@@ -21,6 +21,7 @@ import PIL.Image
 
 from nextstep_jax.curation.config import DUPLICATES_RULE, SelectionConfig
 from nextstep_jax.curation.facts import FAULTS
+from nextstep_jax.curation.findings import findings_of
 from nextstep_jax.data.faults import DocumentError
 from nextstep_jax.data.images import pixels_of
 from nextstep_jax.data.record_writer import write_text
@@ -181,7 +182,7 @@ def _rule_table(rules: Sequence[str], config: SelectionConfig, tally: Mapping[st
         return '<p class="soft">No rules: everything is kept. The histograms help to choose.</p>'
     rows = []
     for name in rules:
-        limits = "the best of each group" if name not in config.rules else None
+        limits = "the best left of each group" if name not in config.rules else None
         limits = limits or _limits_text(config.rules[name])
         first, failed = tally["first"].get(name, 0), tally["failed"].get(name, 0)
         share = 100 * failed / total if total else 0
@@ -295,13 +296,14 @@ def _examples(
 
 
 def _figure(document: Document, rule: str, config: SelectionConfig) -> str:
-    scores = document.metadata.get("scores", {})
+    found = findings_of(document)
+    scores = found.scores
     why = ""
     if rule in config.rules:
         value = number_text(scores[rule]) if rule in scores else "none"
         why = f'<span class="why">{_text(rule)} {value}</span>'
-    elif rule == DUPLICATES_RULE:
-        why = f'<span class="why">of group {document.metadata["duplicates"]["group"]}</span>'
+    elif rule == DUPLICATES_RULE and found.duplicates is not None:
+        why = f'<span class="why">of group {found.duplicates.group}</span>'
     words = " / ".join(part.text for part in document.parts if isinstance(part, Text))
     words = words if len(words) <= _MAX_WORDS else words[: _MAX_WORDS - 1] + "\u2026"
     pictures = "".join(_thumbnail(image) for image in document.images)

@@ -13,6 +13,7 @@ Which column a stage adds is fixed by the plan, so that all shards have the same
 """
 
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -32,6 +33,7 @@ from nextstep_jax.curation.config import (
     Stage,
 )
 from nextstep_jax.curation.facts import read_facts, read_records, sample_of, write_facts
+from nextstep_jax.curation.findings import Findings, Membership, findings_of
 from nextstep_jax.curation.recaption import CaptionCache, Recaptioner
 from nextstep_jax.curation.scorers import build_scorer, rate
 from nextstep_jax.data.faults import DocumentError
@@ -132,11 +134,29 @@ def measured_shard(source: DocumentSource, plan: Plan, shard: int) -> Table:
             document = source[index]
             pixels = [_pixels(document, image) for image in document.images]
             row.update(measure(pixels, plan.config))
-            row["record"] = encode_document(document)
+            row["record"] = _record(document)
         except DocumentError as error:
-            row.update(reason=error.reason, message=str(error))
+            # Half a surrogate pair of the document may be quoted; Arrow takes none.
+            message = str(error).encode("utf-8", "backslashreplace").decode()
+            row.update(reason=error.reason, message=message)
         rows.append(row)
     return _table(rows, plan)
+
+
+def _record(document: Document) -> bytes:
+    """The record of a document, which can be read again.
+
+    Raises:
+        DocumentError: The document is not what a record can say, in a field that nobody checks
+            before.
+    """
+    record = encode_document(document)
+    try:
+        decode_document(record)
+    except ValueError as error:
+        where = f"document {document.source}/{document.id}"
+        raise DocumentError("bad_document", f"{where}: {error}") from error
+    return record
 
 
 def _pixels(document: Document, image: Any) -> np.ndarray:
@@ -253,9 +273,13 @@ class RecaptionActor:
         """Adds the wordings to the documents."""
         documents = _documents(table)
         recaptioned, _ = self._recaptioner.recaption(list(documents.values()))
-        records: list[bytes | None] = [None] * len(table)
+        records = table["record"].to_pylist()
         for row, document in zip(documents, recaptioned, strict=True):
-            records[row] = encode_document(document)
+            try:
+                records[row] = _record(document)
+            except DocumentError as error:
+                # It stays as it was, and counts as one without a new caption.
+                logging.warning("recaption: %s", error)
         return _replaced(table, "record", records)
 
 
@@ -290,12 +314,8 @@ def write_shard(table: Table, *, plan: Plan) -> Table:
 def _with_scores(document: Document, table: Table, row: int, plan: Plan) -> Document:
     found = {name: table[name][row].as_py() for name in plan.scores}
     scores = {name: value for name, value in found.items() if value is not None}
-    metadata = {**document.metadata}
-    metadata["scores"] = {**metadata.get("scores", {}), **scores}
     number = table["hash"][row].as_py()
-    if number is not None:
-        metadata[plan.duplicates.hash] = f"{number:016x}"
-    return dataclasses.replace(document, metadata=metadata)
+    return Findings(scores, None if number is None else f"{number:016x}").on(document)
 
 
 def _facts(table: Table, plan: Plan) -> dict[str, Any]:
@@ -342,12 +362,13 @@ def finish_shard(shard: int, plan: Plan, groups: Mapping[int, tuple[int, bool]])
     if not final.is_file():
         facts = read_facts(plan.out, shard)
         with ShardWriter(final) as writer:
-            for index, document in zip(facts["indices"], read_records(scored), strict=True):
-                metadata = dict(document.metadata)
+            rows = zip(facts["indices"], facts["qualities"], read_records(scored), strict=True)
+            for index, quality, document in rows:
                 if index in groups:
-                    group, best = groups[index]
-                    metadata["duplicates"] = {"group": group, "best": best}
-                writer.write(dataclasses.replace(document, metadata=metadata))
+                    member = Membership(*groups[index], -np.inf if quality is None else quality)
+                    found = dataclasses.replace(findings_of(document), duplicates=member)
+                    document = found.on(document)
+                writer.write(document)
             for fault in facts["faults"]:
                 writer.skip(fault["reason"])
     scored.unlink(missing_ok=True)

@@ -5,7 +5,8 @@ every rule. No scorer runs and no image is decoded, but for the few that the rep
 
 Words: a rule is a score with its limits, or "duplicates". The verdict of a document is the list
 of the rules that it fails, in the order of the config, duplicates last; "first" counts a document
-at the first of them alone, "failed" at all of them.
+at the first of them alone, "failed" at all of them. Of a group of near-duplicates the best that
+passes all other rules stays.
 """
 
 import functools
@@ -20,8 +21,9 @@ from typing import Any
 
 import numpy as np
 import tqdm
+from jaxtyping import Float64, Int64
 
-from nextstep_jax.curation.cluster import LOCAL, Cluster, Shared, run_rows, session
+from nextstep_jax.curation.cluster import LOCAL, Cluster, Shared, collect_columns, run_rows, session
 from nextstep_jax.curation.config import DUPLICATES_RULE, SelectionConfig
 from nextstep_jax.curation.facts import (
     NUM_BINS,
@@ -31,6 +33,7 @@ from nextstep_jax.curation.facts import (
     read_facts,
     write_facts,
 )
+from nextstep_jax.curation.findings import Findings, findings_of
 from nextstep_jax.curation.report import write_report
 from nextstep_jax.data.record_writer import ShardWriter, shard_name, write_index, write_json
 from nextstep_jax.data.records import INDEX, RecordSource
@@ -40,13 +43,34 @@ KEPT = "kept"
 SELECTION = "selection.json"
 REPORT = "report.html"
 
+_CANDIDATE = ("group", "index", "quality")
 
-def verdict(document: Document, config: SelectionConfig) -> list[str]:
-    """The rules that a document fails, in order; none if it is kept."""
-    scores = document.metadata.get("scores", {})
+
+def verdict(
+    found: Findings, config: SelectionConfig, index: int, replaced: Mapping[int, int]
+) -> list[str]:
+    """The rules that a document fails, in order; none if it is kept.
+
+    Args:
+        found: Of the document.
+        config: The rules.
+        index: Of the document, in the scored folder.
+        replaced: See `replaced_bests`.
+    """
+    failed = failed_limits(found, config)
+    member = found.duplicates
+    if config.drop_duplicates and member is not None:
+        stays = index == replaced[member.group] if member.group in replaced else member.best
+        if not stays:
+            failed.append(DUPLICATES_RULE)
+    return failed
+
+
+def failed_limits(found: Findings, config: SelectionConfig) -> list[str]:
+    """The rules about scores that a document fails."""
     failed = []
     for name, (smallest, largest) in config.rules.items():
-        value = scores.get(name)
+        value = found.scores.get(name)
         if value is None:
             if config.missing == "drop":
                 failed.append(name)
@@ -54,10 +78,30 @@ def verdict(document: Document, config: SelectionConfig) -> list[str]:
             largest is not None and value > largest
         ):
             failed.append(name)
-    duplicates = document.metadata.get("duplicates")
-    if config.drop_duplicates and duplicates is not None and not duplicates["best"]:
-        failed.append(DUPLICATES_RULE)
     return failed
+
+
+def replaced_bests(
+    failed: Int64[np.ndarray, " m"],
+    group: Int64[np.ndarray, " n"],
+    index: Int64[np.ndarray, " n"],
+    quality: Float64[np.ndarray, " n"],
+) -> dict[int, int]:
+    """Of the groups whose best fails a rule, by their names, the document that stays instead.
+
+    It has the highest quality, and among equals the lowest index.
+
+    Args:
+        failed: The groups whose best fails.
+        group: Of each document that passes and is not the best of its group.
+        index: Of each of these, in the scored folder.
+        quality: Of each of these.
+    """
+    concerned = np.isin(group, failed)
+    group, index, quality = group[concerned], index[concerned], quality[concerned]
+    order = np.lexsort((index, -quality, group))
+    names, first = np.unique(group[order], return_index=True)
+    return dict(zip(names.tolist(), index[order][first].tolist(), strict=True))
 
 
 class Tally:
@@ -79,13 +123,13 @@ class Tally:
         }
         self._examples: dict[str, list[tuple[str, int]]] = {}
 
-    def add(self, index: int, document: Document, failed: Sequence[str]) -> None:
+    def add(self, index: int, document: Document, found: Findings, failed: Sequence[str]) -> None:
         """Counts a document, by its index in the scored folder."""
         self._sums["documents"] += 1
         self._sums[KEPT] += not failed
         self._first.update(failed[:1])
         self._failed.update(failed)
-        scores = document.metadata.get("scores", {})
+        scores = found.scores
         for name in self._edges:
             if name not in scores:
                 self._missing[name] += 1
@@ -203,7 +247,7 @@ def select_documents(
             session(cluster) as ray,
             tqdm.tqdm(total=len(source), unit="doc", disable=not progress) as bar,
         ):
-            _select_shards(ray, source, config, summary, out, spans, bar)
+            _select_shards(ray, source, scored, config, summary, out, spans, bar)
     tally = joined([read_facts(out, shard) for shard in range(len(spans))], config.num_examples)
     write_json(out / SELECTION, tally)
     write_report(out / REPORT, scored, source, config, summary, tally)
@@ -214,6 +258,7 @@ def select_documents(
 def _select_shards(
     ray: Any,
     source: RecordSource,
+    scored: pathlib.Path,
     config: SelectionConfig,
     summary: Mapping[str, Any],
     out: pathlib.Path,
@@ -229,9 +274,16 @@ def _select_shards(
     if not missing:
         return
     edges = {name: found["edges"] for name, found in summary["scores"].items()}
+    shared = Shared(ray, source)
+    replaced: dict[int, int] = {}
+    # Without limits every best passes.
+    if config.drop_duplicates and config.rules and "hashes" in read_facts(scored, 0):
+        logging.info("looking for the best that is left of each group of near-duplicates")
+        replaced = _replaced(ray, shared, config, spans)
     select = functools.partial(
         _select,
-        source=Shared(ray, source),
+        source=shared,
+        replaced=Shared(ray, replaced),
         config=config,
         edges=edges,
         out=out,
@@ -244,10 +296,42 @@ def _select_shards(
     run_rows(dataset, lambda row: bar.update(row["documents"]))
 
 
+def _replaced(
+    ray: Any, source: Shared, config: SelectionConfig, spans: Sequence[range]
+) -> dict[int, int]:
+    """The `replaced_bests` of all documents; the driver holds some numbers of each concerned."""
+    look = functools.partial(_look, source=source, config=config, spans=spans)
+    dataset = ray.data.range(len(spans), override_num_blocks=len(spans)).map_batches(
+        look, batch_size=None, batch_format="numpy"
+    )
+    rows = collect_columns(dataset)
+    if not rows:
+        return {}
+    best = rows["best"]
+    return replaced_bests(rows["group"][best], *(rows[k][~best] for k in _CANDIDATE))
+
+
+def _look(
+    batch: dict[str, Any], *, source: Shared, config: SelectionConfig, spans: Sequence[range]
+) -> dict[str, Any]:
+    """The bests of groups that fail a limit, and the others that pass all."""
+    rows = []
+    for shard in batch["id"]:
+        for index in spans[shard]:
+            found = findings_of(source.value[index])
+            member = found.duplicates
+            if member is not None and member.best == bool(failed_limits(found, config)):
+                rows.append((member.group, index, member.quality, member.best))
+    columns = zip(*rows, strict=True) if rows else ((),) * 4
+    types = zip((*_CANDIDATE, "best"), (np.int64, np.int64, np.float64, bool), strict=True)
+    return {k: np.array(v, t) for (k, t), v in zip(types, columns, strict=True)}
+
+
 def _select(
     batch: dict[str, Any],
     *,
     source: Shared,
+    replaced: Shared,
     config: SelectionConfig,
     edges: Mapping[str, Sequence[float]],
     out: pathlib.Path,
@@ -261,8 +345,9 @@ def _select(
         with ShardWriter(out / shard_name(shard, len(spans))) as writer:
             for index in spans[shard]:
                 document = source.value[index]
-                failed = verdict(document, config)
-                tally.add(index, document, failed)
+                found = findings_of(document)
+                failed = verdict(found, config, index, replaced.value)
+                tally.add(index, document, found, failed)
                 if not failed:
                     writer.write(document)
             # Before the shard has its name, so that a shard is never without.

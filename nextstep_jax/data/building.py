@@ -288,7 +288,7 @@ def estimate_num_shards(source: DocumentSource, num_documents: int, shard_megaby
         with ShardWriter(pathlib.Path(folder) / "sample") as writer:
             for index in indices:
                 with contextlib.suppress(DocumentError):
-                    building_workers.write_document(writer, source[index])
+                    writer.write(source[index])
         size = max(0, writer.path.stat().st_size - overhead) / len(indices)
     return max(1, min(num_documents, round(size * num_documents / (shard_megabytes * _MEGABYTE))))
 

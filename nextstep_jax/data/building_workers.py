@@ -89,7 +89,7 @@ def make_shard(job: BuildJob, shard: int, count: Callable[[bool], None]) -> None
             try:
                 document = job.source[index]
                 tokens = inspect_document(document, job.inspect)
-                write_document(writer, document)
+                writer.write(document)
             except DocumentError as error:
                 writer.skip(error.reason)
                 entry = {"index": index, "reason": error.reason, "message": str(error)}
@@ -100,18 +100,6 @@ def make_shard(job: BuildJob, shard: int, count: Callable[[bool], None]) -> None
                 writer.add_tokens(*tokens)
                 count(False)
         os.fsync(skipped.fileno())
-
-
-def write_document(writer: ShardWriter, document: Document) -> None:
-    """Writes a document.
-
-    Raises:
-        DocumentError: It holds what a record cannot, such as metadata that are no JSON.
-    """
-    try:
-        writer.write(document)
-    except ValueError as error:
-        raise DocumentError("bad_document", str(error)) from error
 
 
 def inspect_document(document: Document, config: InspectConfig) -> tuple[int | None, int | None]:

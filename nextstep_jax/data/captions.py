@@ -20,7 +20,7 @@ CAPTION_KEY = "caption"
 # Strings under these keys say what a document is, not what it is about.
 KIND_KEYS = ("kind", "type")
 
-_TAG = re.compile(r"<image_(\d+)>")
+_TAG = re.compile(r"<image_([0-9]{1,9})>")
 
 
 @dataclasses.dataclass(frozen=True)

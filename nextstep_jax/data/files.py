@@ -114,8 +114,16 @@ def find_files(root: str | os.PathLike[str], suffix: str) -> FileList:
     return _file_list(folder, names)
 
 
+def size_of_file(path: str) -> int:
+    """The size of a file; -1 where there is none, as at the end of a link that leads nowhere."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
+
 def _file_list(root: str, names: Sequence[str]) -> FileList:
-    sizes = tuple(os.stat(os.path.join(root, name)).st_size for name in names)
+    sizes = tuple(size_of_file(os.path.join(root, name)) for name in names)
     return FileList(root, tuple(names), sizes)
 
 

@@ -5,8 +5,8 @@ a Lanczos resize that covers the bucket, and a centre crop. Arrays are uint8 RGB
 3; scaling to [-1, 1] happens on the device.
 """
 
+import functools
 import io
-import struct
 
 import numpy as np
 import PIL.ExifTags
@@ -23,11 +23,8 @@ Picture = PIL.Image.Image | Pixels
 
 # 16-bit grey: 65535 becomes 255. Pillow's own conversion would clip at 255.
 _GREY_16_SCALE = 257.0
-# What Pillow raises for files that are no image, damaged or absurdly large.
-_UNREADABLE = (
-    *(OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error),
-    PIL.Image.DecompressionBombError,
-)
+# Not all that Pillow knows: it would start other programs for some (EPS) and follow references.
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 
 
 def decode(encoded: bytes) -> Pixels:
@@ -44,13 +41,27 @@ def decode(encoded: bytes) -> Pixels:
 
 
 def _decode(encoded: bytes) -> PIL.Image.Image:
+    with open_image(encoded) as image:
+        return _load_rgb(image)
+
+
+def open_image(encoded: bytes) -> PIL.Image.Image:
+    """The image in the bytes of a file, of one of the usual formats; its pixels are not read yet.
+
+    Raises:
+        DocumentError: If the bytes are no such image.
+    """
     try:
-        with PIL.Image.open(io.BytesIO(encoded)) as image:
-            return _load_rgb(image)
-    except DocumentError:
-        raise
-    except _UNREADABLE as error:
+        return PIL.Image.open(io.BytesIO(encoded), formats=_formats())
+    except Exception as error:  # Damage comes out of Pillow's plugins as whatever they raise.
         raise _error(error) from error
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of the usual formats that this build of Pillow reads."""
+    PIL.Image.init()
+    return tuple(name for name in _FORMATS if name in PIL.Image.OPEN)
 
 
 def encoded_size(encoded: bytes) -> tuple[int, int]:
@@ -59,11 +70,8 @@ def encoded_size(encoded: bytes) -> tuple[int, int]:
     Raises:
         DocumentError: If the bytes are no image, or claim more pixels than twice Pillow's limit.
     """
-    try:
-        with PIL.Image.open(io.BytesIO(encoded)) as image:
-            return image.height, image.width
-    except _UNREADABLE as error:
-        raise _error(error) from error
+    with open_image(encoded) as image:
+        return image.height, image.width
 
 
 def rgb_of(image: PIL.Image.Image) -> Pixels:
@@ -91,7 +99,7 @@ def _load_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         return _to_rgb(image)
     except DocumentError:
         raise
-    except _UNREADABLE as error:
+    except Exception as error:  # See `open_image`.
         raise _error(error) from error
 
 

@@ -33,14 +33,21 @@ def check_weights(weights: Mapping[str, float]) -> None:
         raise ValueError(f"sources must name at least one with a weight above 0, not {weights}")
 
 
+# Of a phase; that of sources rarer than this is only as long. Ours.
+_MOST_TURNS = 1000
+
+
 class Mixture:
     """Draws (source, position): position counts the documents drawn from the source so far."""
 
-    def __init__(self, weights: Mapping[str, float]):
+    def __init__(self, weights: Mapping[str, float], phase: float = 0.0):
         """Begins at position 0 of every source.
 
         Args:
             weights: Relative numbers of documents; a source of weight 0 is never drawn.
+            phase: In [0, 1): how far the turns have gone when it begins, between two turns of
+                the rarest source. Mixtures side by side take phases of their own, lest all draw
+                a rare source at the same time.
 
         Raises:
             ValueError: See `check_weights`.
@@ -49,18 +56,27 @@ class Mixture:
         total = sum(weights.values())
         self._shares = {name: weight / total for name, weight in weights.items()}
         self._credit = dict.fromkeys(weights, 0.0)
+        rarest = min(share for share in self._shares.values() if share)
+        # Credits as they would stand after a part of the rarest source's period.
+        for _ in range(int(phase * min(1 / rarest, _MOST_TURNS))):
+            self._turn()
         self._position = dict.fromkeys(weights, 0)
 
     def draw(self) -> tuple[str, int]:
         """The next turn."""
+        name = self._turn()
+        position = self._position[name]
+        self._position[name] += 1
+        return name, position
+
+    def _turn(self) -> str:
+        """Gives every source its share of a turn; the one that has most pays for it."""
         for name, share in self._shares.items():
             self._credit[name] += share
         drawn = [name for name, share in self._shares.items() if share]
         name = max(drawn, key=self._credit.__getitem__)  # The first of equals.
         self._credit[name] -= 1.0
-        position = self._position[name]
-        self._position[name] += 1
-        return name, position
+        return name
 
     def get_state(self) -> dict[str, Any]:
         """Credits and positions, as values that JSON keeps exactly."""
@@ -72,5 +88,6 @@ class Mixture:
         Credit of a source that is no longer drawn is void.
         """
         for name, share in self._shares.items():
-            self._credit[name] = float(state["credit"].get(name, 0.0)) if share else 0.0
+            credit = float(state["credit"].get(name, self._credit[name]))
+            self._credit[name] = credit if share else 0.0
             self._position[name] = int(state["position"].get(name, 0))

@@ -41,7 +41,7 @@ class PackingConfig:
 
     row_length: int
     max_image_tokens: int | None = None
-    num_open_rows: int = 32
+    num_open_rows: int = 16
     least_text_piece: int = 64
 
     def __post_init__(self):

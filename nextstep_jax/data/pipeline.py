@@ -25,14 +25,15 @@ import grain
 
 from nextstep_jax.data.arrangement import LayoutConfig
 from nextstep_jax.data.collate import CollateConfig, collate
+from nextstep_jax.data.faults import DocumentError
 from nextstep_jax.data.mixture import check_weights
 from nextstep_jax.data.packing import PackingConfig
 from nextstep_jax.data.schema import Batch
 from nextstep_jax.data.sources import DocumentSource, source_fingerprint
-from nextstep_jax.data.statistics import Counts, add_counts, no_counts
+from nextstep_jax.data.statistics import JUDGED, JUDGED_BAD, Counts, add_counts, no_counts
 from nextstep_jax.data.streams import Reader, Stream
 from nextstep_jax.data.text_tokenizer import TextTokenizer
-from nextstep_jax.data.tolerance import Tally
+from nextstep_jax.data.tolerance import check_share
 from nextstep_jax.models.config import NextStepConfig
 
 # Counts up when the same config would give other batches than before.
@@ -250,7 +251,11 @@ class _BatchesDataset(grain.IterDataset):
 
 
 class PipelineIterator:
-    """Batches, with a state that orbax saves and restores by stream."""
+    """Batches, with a state that orbax saves and restores by stream.
+
+    Attributes:
+        max_bad_fraction: The share of a source's documents that may be bad.
+    """
 
     def __init__(
         self,
@@ -275,8 +280,8 @@ class PipelineIterator:
         if config.num_threads:
             self._pool = concurrent.futures.ThreadPoolExecutor(config.num_threads, "read")
         ahead = max(2, _READ_AHEAD_PER_THREAD * config.num_threads // len(own))
-        tally = Tally(config.max_bad_fraction)
-        args = (config.streams, readers, weights, config.packing, tally, self._pool, ahead)
+        self.max_bad_fraction = config.max_bad_fraction
+        args = (config.streams, readers, weights, config.packing, self._judge, self._pool, ahead)
         self._streams = {index: Stream(index, *args) for index in own}
         dataset: Any = _BatchesDataset(_Batches(self._streams, config, collate_config))
         if config.prefetch:
@@ -285,6 +290,14 @@ class PipelineIterator:
                 dataset, prefetch_buffer_size=config.prefetch
             )
         self._iterator = iter(dataset)
+
+    def _judge(self, source: str, error: DocumentError) -> None:
+        """Stops at once where this process reads everything; else `statistics.DataReport` does."""
+        if len(self._own) < self._num_streams:
+            return
+        counts = add_counts([stream.counts for stream in self._streams.values()])
+        read, bad = counts[JUDGED][source], counts[JUDGED_BAD][source]
+        check_share(source, read, bad, self.max_bad_fraction, f"({error.reason}): {error}")
 
     def __iter__(self) -> "PipelineIterator":
         """Itself."""

@@ -8,7 +8,6 @@ often as need be, ends in the same folder.
 import collections
 import fcntl
 import hashlib
-import io
 import json
 import os
 import pathlib
@@ -16,11 +15,11 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import PIL.Image
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from nextstep_jax.data.buckets import image_key
-from nextstep_jax.data.faults import Reason
+from nextstep_jax.data.faults import DocumentError, Reason
+from nextstep_jax.data.images import encoded_size
 from nextstep_jax.data.records import FORMAT, INDEX, encode_document, num_records
 from nextstep_jax.data.schema import Document, Text
 
@@ -93,9 +92,8 @@ class _Tally:
 def _encoded_size(encoded: bytes) -> str:
     """The size that the header of an image file names, or "unknown"."""
     try:
-        with PIL.Image.open(io.BytesIO(encoded)) as image:
-            return image_key((image.height, image.width))
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError):
+        return image_key(encoded_size(encoded))
+    except DocumentError:
         return "unknown"
 
 

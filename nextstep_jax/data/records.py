@@ -60,9 +60,9 @@ def encode_document(document: Document) -> bytes:
     """The record of a document.
 
     Raises:
-        ValueError: If the kind is none of `KINDS`, the metadata hold what JSON cannot say, pixels
-            are not uint8 (height, width, 3), or latents are none of `LATENT_DTYPES` or do not
-            fill their grid; names the document.
+        DocumentError: If the kind is none of `KINDS`, the metadata hold what JSON cannot say,
+            pixels are not uint8 (height, width, 3), or latents are none of `LATENT_DTYPES` or do
+            not fill their grid; names the document.
     """
     try:
         if document.kind not in KINDS:
@@ -76,8 +76,9 @@ def encode_document(document: Document) -> bytes:
             "parts": [_pack_part(part) for part in document.parts],
         }
         return msgpack.packb(record)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"document {document.source}/{document.id}: {error}") from error
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        where = f"document {document.source}/{document.id}"
+        raise DocumentError("bad_document", f"{where}: {error}") from error
 
 
 def decode_document(record: bytes) -> Document:

@@ -16,7 +16,7 @@ from typing import Protocol, runtime_checkable
 from nextstep_jax.data import images
 from nextstep_jax.data.captions import Caption, read_caption
 from nextstep_jax.data.faults import DocumentError
-from nextstep_jax.data.files import FileList, list_folder, printable
+from nextstep_jax.data.files import FileList, list_folder, printable, size_of_file
 from nextstep_jax.data.schema import Document, Image, Text
 
 IMAGE_SUFFIXES = (
@@ -123,7 +123,7 @@ class ImageFolderSource:
         """
         captions = [name for pair in self._captions or () for name in pair if name]
         names = (*self._names, *captions)
-        sizes = tuple(os.stat(os.path.join(self._root, name)).st_size for name in names)
+        sizes = tuple(size_of_file(os.path.join(self._root, name)) for name in names)
         files = FileList(self._root, names, sizes)
         settings = (self._size, self._captions is not None, self._caption_key)
         return f"{self._name} {files.fingerprint(*settings)}"

@@ -11,13 +11,17 @@ import numpy as np
 
 from nextstep_jax.data.faults import REASONS
 from nextstep_jax.data.schema import KINDS
+from nextstep_jax.data.tolerance import check_share
 
 Counts = dict[str, dict[str, int]]
-"""Topic -> name -> number: "read" by source, "skipped/SOURCE" by reason, "documents" and "tokens"
-by kind, "rows" {"all", "tokens", "padding"}."""
+"""Topic -> name -> number: "read" by source, "skipped/SOURCE" by reason, "first_epoch" and
+"first_epoch_bad" by source, "documents" and "tokens" by kind, "rows" {"all", "tokens",
+"padding"}."""
 
 SKIPPED = "skipped/"
 """In front of the source, the topic of what was skipped of it."""
+JUDGED, JUDGED_BAD = "first_epoch", "first_epoch_bad"
+"""The topics of what is judged: documents of the first epoch, and bad ones among them."""
 
 
 def add_counts(counts: Collection[Counts]) -> Counts:
@@ -36,6 +40,8 @@ def no_counts(sources: Collection[str]) -> Counts:
     return {
         "read": dict.fromkeys(sources, 0),
         **{SKIPPED + source: dict.fromkeys(REASONS, 0) for source in sources},
+        JUDGED: dict.fromkeys(sources, 0),
+        JUDGED_BAD: dict.fromkeys(sources, 0),
         "documents": dict.fromkeys(KINDS, 0),
         "tokens": dict.fromkeys(KINDS, 0),
         "rows": dict.fromkeys(("all", "tokens", "padding"), 0),
@@ -75,15 +81,21 @@ class DataReport:
     """Lines of metrics, each since the one before."""
 
     def __init__(
-        self, counts: Callable[[], Counts], add_up: Callable[[np.ndarray], np.ndarray] | None = None
+        self,
+        counts: Callable[[], Counts],
+        add_up: Callable[[np.ndarray], np.ndarray] | None = None,
+        max_bad_fraction: float = 1.0,
     ):
         """Begins now.
 
         Args:
             counts: What this process has counted, with the same names as in every process.
             add_up: The sum over all processes of an int64 vector; None if there is one process.
+            max_bad_fraction: The share of a source's documents that may be bad; judged here, on
+                all processes together and by all of them, so that they stop at the same line.
         """
         self._counts, self._add_up = counts, add_up
+        self._max_bad_fraction = max_bad_fraction
         self._before = self._sum()
 
     def _sum(self) -> Counts:
@@ -95,7 +107,13 @@ class DataReport:
         return {topic: {k: next(summed) for k in values} for topic, values in counts.items()}
 
     def __call__(self) -> dict[str, float]:
-        """The metrics of `counts_metrics` since the last call; every process must call."""
+        """The metrics of `counts_metrics` since the last call; every process must call.
+
+        Raises:
+            ValueError: Too many documents of a source are bad.
+        """
         counts, before = self._sum(), self._before
+        for source, read in counts.get(JUDGED, {}).items():
+            check_share(source, read, counts[JUDGED_BAD][source], self._max_bad_fraction)
         self._before = counts
         return counts_metrics(counts, before)

@@ -7,14 +7,15 @@ and of how many were taken before, whichever process takes them, in whatever com
 however many threads it reads.
 
 A document that cannot be used (`data/faults.py`) is skipped, counted by source and reason, and
-logged with its key; where too many of a source are bad, the stream stops with
-an error (`data/tolerance.py`).
+logged with its key; where too many of a source are bad, the run stops with an
+error (`data/tolerance.py`).
 """
 
 import collections
 import concurrent.futures
 import functools
 import hashlib
+import logging
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as ListLike
 from typing import Any
@@ -38,9 +39,9 @@ from nextstep_jax.data.packing import (
 )
 from nextstep_jax.data.schema import Sequence
 from nextstep_jax.data.sources import DocumentSource
-from nextstep_jax.data.statistics import SKIPPED, Counts
+from nextstep_jax.data.statistics import JUDGED, JUDGED_BAD, SKIPPED, Counts
 from nextstep_jax.data.text_tokenizer import TextTokenizer
-from nextstep_jax.data.tolerance import Tally
+from nextstep_jax.data.tolerance import LEAST_READ
 
 _Answer = Callable[[], list[Sequence | DocumentError]]
 
@@ -81,9 +82,12 @@ class Reader:
     def _draft(self, number: int) -> Draft:
         index = int(self._order[number])
         document = self._source[index]
-        epoch = number // len(self._source)
-        key = [self._seed, epoch, self._digest, digest(document.id)]
+        key = [self._seed, self.epoch(number), self._digest, digest(document.id)]
         return draft(document, self._tokenizer, self._layout, np.random.default_rng(key))
+
+    def epoch(self, number: int) -> int:
+        """How often the source has been gone through before a document."""
+        return number // len(self._source)
 
     def _fit(self, drafted: Draft) -> tuple[Draft, list[Fitted]]:
         return drafted, fit_images(drafted, self._layout)
@@ -138,7 +142,7 @@ class Stream:
         readers: Mapping[str, Reader],
         weights: Mapping[str, float],
         packing: PackingConfig,
-        tally: Tally,
+        judge: Callable[[str, DocumentError], None],
         pool: concurrent.futures.Executor | None,
         read_ahead: int,
     ):
@@ -150,19 +154,21 @@ class Stream:
             readers: Of every source, by name.
             weights: Of every source, by name.
             packing: The shape of a row.
-            tally: Shared with the other streams of the process.
+            judge: Called with a source and its last bad document, in the first epoch.
             pool: Threads that read; None reads in the caller's.
             read_ahead: Documents asked for ahead of the packer.
         """
         self._index, self._num_streams = index, num_streams
         self._readers, self._weights = readers, weights
-        self._tally, self._pool = tally, pool
+        self._judge, self._pool = judge, pool
         self._read_ahead = read_ahead if pool is not None else 0
         # With threads, few enough that there is work for several.
         most = _READ_TOGETHER if pool is None else read_ahead // 2
         self._together = max(1, min(_READ_TOGETHER, most))
         self._packing = packing
-        self._mixture, self._ahead = Mixture(weights), Mixture(weights)
+        # Streams begin between the turns of others, lest all draw a rare source at once.
+        phase = (index + 0.5) / num_streams
+        self._mixture, self._ahead = Mixture(weights, phase), Mixture(weights, phase)
         # Groups of documents asked for, the documents of a group that was answered, and how many
         # there are in both.
         self._asked: collections.deque[_Answer] = collections.deque()
@@ -171,6 +177,7 @@ class Stream:
         self._packer = Packer(packing)
         self._closed: collections.deque[Row] = collections.deque()
         self._counts: Counts = {}
+        self._bad_in_a_row = 0
 
     def next_row(self) -> Row:
         """The next row.
@@ -190,12 +197,34 @@ class Stream:
         # In step with what was asked: the state is that of the documents packed.
         source, position = self._mixture.draw()
         self._count("read", source)
+        # Later epochs bring the same documents again; they are counted, but not judged anew.
+        is_first = self._readers[source].epoch(self._number(position)) == 0
+        self._count(JUDGED, source, int(is_first))
         if isinstance(sequence, DocumentError):
-            self._count(SKIPPED + source, sequence.reason)
-            self._tally.read(source, sequence)
+            self._skip(source, sequence, is_first)
             return []
-        self._tally.read(source)
+        self._bad_in_a_row = 0
         return self._packer.add(Piece.whole(sequence, source, position))
+
+    def _number(self, position: int) -> int:
+        """A document's place among those of all streams."""
+        return position * self._num_streams + self._index
+
+    def _skip(self, source: str, error: DocumentError, is_first: bool) -> None:
+        """Counts, logs and judges a bad document."""
+        self._count(SKIPPED + source, error.reason)
+        logging.log(
+            logging.WARNING if is_first else logging.DEBUG, "skipped (%s): %s", error.reason, error
+        )
+        self._bad_in_a_row += 1
+        if self._bad_in_a_row >= LEAST_READ:
+            raise ValueError(
+                f"the last {LEAST_READ} documents of stream {self._index} were all bad; the last"
+                f" one ({error.reason}): {error}"
+            )
+        if is_first:
+            self._count(JUDGED_BAD, source)
+            self._judge(source, error)
 
     def _next_sequence(self) -> Sequence | DocumentError:
         while self._num_asked <= self._read_ahead:
@@ -208,10 +237,7 @@ class Stream:
 
     def _ask(self, draws: ListLike[tuple[str, int]]) -> "_Answer":
         """Begins to read documents; the result is called for them."""
-        asked = [
-            (self._readers[source], position * self._num_streams + self._index)
-            for source, position in draws
-        ]
+        asked = [(self._readers[source], self._number(position)) for source, position in draws]
         read = functools.partial(read_together, asked)
         return read if self._pool is None else self._pool.submit(read).result
 
@@ -278,9 +304,6 @@ class Stream:
         self._packer.set_state(state["packer"], resolve)
         self._closed = collections.deque(row_of(row, resolve) for row in state["closed"])
         self._counts = {topic: dict(values) for topic, values in state["counts"].items()}
-        for source, number in self._counts.get("read", {}).items():
-            bad = sum(self._counts.get(SKIPPED + source, {}).values())
-            self._tally.add(source, number, bad)
 
 
 def digest(text: str) -> int:

@@ -73,11 +73,13 @@ class _RowGroups:
             if len(self._groups) > _NUM_GROUPS:
                 self._groups.popitem(last=False)
         if future is None:
-            # What goes wrong goes wrong for every row.
             try:
                 mine.set_result(self._decode(number, group))
             except BaseException as error:
+                # For those who wait now; who asks later tries again.
                 mine.set_exception(error)
+                with self._lock:
+                    self._groups.pop((number, group), None)
             future = mine
         return future.result()
 

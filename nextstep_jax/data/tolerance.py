@@ -5,7 +5,6 @@ source and logs each; where too large a share of a source is bad, something else
 reading stops.
 """
 
-import collections
 import logging
 from collections.abc import Iterator
 
@@ -13,47 +12,58 @@ from nextstep_jax.data.faults import DocumentError
 from nextstep_jax.data.schema import Document
 from nextstep_jax.data.sources import DocumentSource
 
-# Below so many documents read, a share of bad ones says little: as many may be bad as would be
-# allowed of so many. Ours.
-_LEAST_READ = 1000
+LEAST_READ = 1000
+"""Below so many documents read, a share of bad ones says little: as many may be bad as would be
+allowed of so many. Ours."""
+
+
+def check_share(source: str, read: int, bad: int, max_bad_fraction: float, last: str = "") -> None:
+    """Judges the bad documents of a source.
+
+    Args:
+        source: Its name.
+        read: Documents read, bad ones included.
+        bad: Bad ones.
+        max_bad_fraction: The largest share that may be bad, of at least `LEAST_READ`.
+        last: What is said of the last one.
+
+    Raises:
+        ValueError: There are too many.
+    """
+    if bad > max_bad_fraction * max(read, LEAST_READ):
+        raise ValueError(
+            f"source {source!r}: {bad} of the first {read} documents are bad, more than"
+            f" max_bad_fraction={max_bad_fraction} allows (of at least {LEAST_READ})"
+            + (f"; the last one {last}" if last else "")
+        )
 
 
 class Tally:
-    """Documents read and skipped, by source, and the judgement on their share."""
+    """Documents of one source, read and skipped, and the judgement on their share."""
 
-    def __init__(self, max_bad_fraction: float):
+    def __init__(self, source: str, max_bad_fraction: float):
         """Begins at zero.
 
         Args:
-            max_bad_fraction: The share of a source's documents that may be bad.
+            source: The name of the source, for messages.
+            max_bad_fraction: The share of its documents that may be bad.
         """
-        self._max_bad_fraction = max_bad_fraction
-        self._read: collections.Counter[str] = collections.Counter()
-        self._bad: collections.Counter[str] = collections.Counter()
+        self._source, self._max_bad_fraction = source, max_bad_fraction
+        self._read = self._bad = 0
 
-    def add(self, source: str, read: int, bad: int) -> None:
-        """Counts what was read before, without judging it again."""
-        self._read[source] += read
-        self._bad[source] += bad
-
-    def read(self, source: str, error: DocumentError | None = None) -> None:
+    def read(self, error: DocumentError | None = None) -> None:
         """Counts a document; with an error, as one that is skipped, which is logged.
 
         Raises:
             ValueError: Too many of the source's documents are bad.
         """
-        self._read[source] += 1
+        self._read += 1
         if error is None:
             return
         logging.warning("skipped (%s): %s", error.reason, error)
-        self._bad[source] += 1
-        read, bad = self._read[source], self._bad[source]
-        if bad > self._max_bad_fraction * max(read, _LEAST_READ):
-            raise ValueError(
-                f"source {source!r}: {bad} of the first {read} documents are bad, more than"
-                f" max_bad_fraction={self._max_bad_fraction} allows (of at least {_LEAST_READ});"
-                f" the last one ({error.reason}): {error}"
-            )
+        self._bad += 1
+        last = f"({error.reason}): {error}"
+        check_share(self._source, self._read, self._bad, self._max_bad_fraction, last)
 
 
 def good_documents(source: DocumentSource, most: int | None = None) -> Iterator[Document]:

@@ -28,7 +28,7 @@ from nextstep_jax.data.sources import IMAGE_SUFFIXES
 _SCAN_FORM = "tar 1"
 _BLOCK = 512
 _MAGIC = slice(257, 262)
-_NUMBERED = re.compile(r"(.+)-(\d+)")
+_NUMBERED = re.compile(r"(.+)-([0-9]{1,9})")
 _TEXT_SUFFIXES = (".json", ".txt")
 
 
@@ -120,11 +120,12 @@ def _read_extension(kind: bytes, data: bytes) -> dict[str, str]:
     while data:
         # "27 path=some/file.jpg\n", the number counting itself and the line's end.
         length, _, _ = data.partition(b" ")
-        if not length.isdigit() or not 0 < int(length) <= len(data):
+        if not re.fullmatch(b"[0-9]{1,9}", length) or not 0 < int(length) <= len(data):
             break
         line, data = data[len(length) + 1 : int(length) - 1], data[int(length) :]
         key, _, value = line.decode("utf-8", "surrogateescape").partition("=")
-        if key == "path" or (key == "size" and value.isdigit()):
+        # A number of more digits is no size of a file.
+        if key == "path" or (key == "size" and re.fullmatch("[0-9]{1,18}", value)):
             found[key] = value
     return found
 
@@ -316,6 +317,10 @@ class WebDatasetSource:
         if num_used < num_files:
             metadata["unused_images"] = num_files - num_used
         num_texts = len(parts) - num_images
+        if kind is None and num_files and not num_images:
+            raise DocumentError(
+                "bad_document", f"no tag of the text names any of {num_files} images"
+            )
         if kind is None:
             alone = "pair" if (num_texts, num_images) == (1, 1) else "interleaved"
             kind = alone if num_images else "text"

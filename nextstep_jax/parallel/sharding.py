@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Shaped
 
 # Logical axis -> mesh axes. A mesh axis is used once per array, in the order of this table.
 RULES: tuple[tuple[str, Any], ...] = (
@@ -53,7 +54,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def global_rows(
     mesh: Mesh, rows_on: Callable[[jax.Device, slice], Any], shape: tuple[int, ...]
-) -> jax.Array:
+) -> Shaped[Array, "rows ..."]:
     """The array whose rows, over the batch axes of a mesh, are those of all processes in order.
 
     Transfers are explicit, so that a guard against others lets them pass.

@@ -77,7 +77,8 @@ class EncodingConfig:
             More gives less padding and holds more in memory.
         num_threads: Threads that read, decode and resize; they change the speed alone.
         max_bad_fraction: The share of documents that may be bad (`data/faults.py`) and are left
-            out, before the program stops; a whole shard is not undone by it.
+            out, of those that a process has read since it started, before it stops; whole shards
+            are not undone by it.
     """
 
     num_documents: int | None = None
@@ -189,7 +190,7 @@ def encode_source(
     claim_folder(out, SETTINGS, settings)
 
     report, began = EncodingReport(), time.monotonic()
-    tally = Tally(config.max_bad_fraction)
+    tally = Tally("encode", config.max_bad_fraction)
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(config.num_threads))
         own = range(process_index, config.num_shards, process_count)

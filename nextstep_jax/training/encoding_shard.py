@@ -247,11 +247,9 @@ class ShardEncoding:
         for number, entry in enumerate(entries):
             self._close_old(number)
             if isinstance(entry, DocumentError):
-                self._tally.read("encode", entry)
-                self._totals.skipped[entry.reason] += 1
-                self._on_write(1)
+                self._skip(entry)
                 continue
-            self._tally.read("encode")
+            self._tally.read()
             self._entries.append(entry)
             for slot, pixels in enumerate(entry.pixels):
                 size = (pixels.shape[0], pixels.shape[1])
@@ -266,6 +264,12 @@ class ShardEncoding:
             self._send(size)
         while self._sent:
             self._receive()
+
+    def _skip(self, error: DocumentError) -> None:
+        self._tally.read(error)
+        self._writer.skip(error.reason)
+        self._totals.skipped[error.reason] += 1
+        self._on_write(1)
 
     def _close_old(self, number: int) -> None:
         """Lets no group wait for ever, neither for images nor for other groups."""
@@ -318,7 +322,11 @@ class ShardEncoding:
         """Writes documents in order, as far as they are ready."""
         done = 0
         while self._entries and self._entries[0].is_ready:
-            self._writer.write(self._entries.popleft().encoded())
+            try:
+                self._writer.write(self._entries.popleft().encoded())
+            except DocumentError as error:
+                self._skip(error)
+                continue
             done += 1
         if done:
             self._totals.documents += done

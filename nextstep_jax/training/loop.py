@@ -313,7 +313,7 @@ class _DataWatch:
         self._report = lambda: {}
         if hasattr(dataset, "counts"):
             add_up = _sum_over_processes if jax.process_count() > 1 else None
-            self._report = DataReport(dataset.counts, add_up)
+            self._report = DataReport(dataset.counts, add_up, dataset.max_bad_fraction)
 
     def next(self) -> Any:
         """The next batch."""

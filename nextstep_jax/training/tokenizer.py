@@ -295,7 +295,7 @@ class _FirstImage(grain.experimental.MapWithIndexTransform):
     def __init__(self, train: TokenizerConfig, name: str, source: DocumentSource):
         self._train, self._name, self._source = train, name, source
         self._stream = zlib.crc32(name.encode())
-        self._tally, self._lock = Tally(train.max_bad_fraction), threading.Lock()
+        self._tally, self._lock = Tally(name, train.max_bad_fraction), threading.Lock()
 
     def map_with_index(self, place, index):
         square, error = None, None
@@ -304,7 +304,7 @@ class _FirstImage(grain.experimental.MapWithIndexTransform):
         except DocumentError as caught:
             error = caught.within(f"source {self._name!r}, document {index}")
         with self._lock:
-            self._tally.read(self._name, error)
+            self._tally.read(error)
         return None if square is None else {"images": square}
 
     def _read(self, place, index):

@@ -13,10 +13,13 @@ import PIL.Image
 
 
 class Server:
-    """Answers with what `script` holds, a (status, headers) an entry, then with captions."""
+    """Answers with what `script` holds, a (status, headers) an entry, then with captions.
+
+    What is in `bodies` is said instead of captions, as it is.
+    """
 
     def __init__(self):
-        self.script, self.requests, self.times = [], [], []
+        self.script, self.requests, self.times, self.bodies = [], [], [], []
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -30,8 +33,10 @@ class Server:
                     return
                 answer = {"choices": [{"message": {"content": f" caption {self.image(body)} "}}]}
                 data = json.dumps(answer if status == 200 else {"error": "no"}).encode()
+                if server.bodies:
+                    data = server.bodies.pop(0)
                 self.send_response(status)
-                for name, value in {**headers, "Content-Length": str(len(data))}.items():
+                for name, value in {"Content-Length": str(len(data)), **headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(data)

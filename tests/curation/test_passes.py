@@ -16,12 +16,13 @@ from nextstep_jax.curation import measures
 from nextstep_jax.curation.cluster import Cluster, session
 from nextstep_jax.curation.config import curation_config, selection_config
 from nextstep_jax.curation.endpoint import RateLimit
+from nextstep_jax.curation.findings import findings_of
 from nextstep_jax.curation.scoring import score_source
 from nextstep_jax.curation.thresholds import select_documents
 from nextstep_jax.data.faults import DocumentError
 from nextstep_jax.data.images import pixels_of
 from nextstep_jax.data.records import RecordSource
-from nextstep_jax.data.schema import Image
+from nextstep_jax.data.schema import Document, Image, Text
 from nextstep_jax.data.shapes import ShapesSource
 from tests.curation import planted
 from tests.curation.caption_server import caption_server
@@ -90,7 +91,7 @@ def test_every_document_is_scored_once_and_nothing_else_dropped(scored):
     assert source.index["skipped"] == {"bad_image": 1, "missing_image": 1}
     assert summary["scores"]["brightness/mean"]["count"] == len(with_image) == 57
     for document in documents:
-        scores = document.metadata["scores"]
+        scores = document.metadata["curation"]["scores"]
         if not document.images:
             assert scores == {}
             continue
@@ -102,9 +103,9 @@ def test_every_document_is_scored_once_and_nothing_else_dropped(scored):
             "brightness/mean": float(pixels.mean()),
         }
         assert scores == expected
-        assert document.metadata["phash"] == f"{measures.phash(pixels):016x}"
+        assert document.metadata["curation"]["hash"] == f"{measures.phash(pixels):016x}"
         assert document.metadata["number"] == int(document.id.split("/")[1])
-    clarity = [d.metadata["scores"]["clarity"] for d in documents if d.images]
+    clarity = [d.metadata["curation"]["scores"]["clarity"] for d in documents if d.images]
     found = summary["scores"]["clarity"]
     assert (found["min"], found["max"]) == (min(clarity), max(clarity))
     assert found["mean"] == pytest.approx(np.mean(clarity), rel=1e-12)
@@ -118,7 +119,8 @@ def test_groups_of_duplicates_span_shards_and_keep_the_best(scored):
     for i in range(len(source)):
         document = source[i]
         if document.images:
-            found = document.metadata["duplicates"]
+            found = document.metadata["curation"]["duplicates"]
+            assert found["quality"] == document.metadata["curation"]["scores"]["pixels"]
             members = groups.setdefault(found["group"], {})
             members[document.metadata["number"]] = found["best"]
     several = {group: members for group, members in groups.items() if len(members) > 1}
@@ -166,7 +168,7 @@ def test_thresholds_are_applied_without_scoring(scored, tmp_path, monkeypatch):
     # Some scenes of the built-in world are smooth grounds with little on them.
     source = RecordSource(out)
     clarity = {
-        source[i].metadata.get("number"): source[i].metadata["scores"].get("clarity", 1e9)
+        source[i].metadata.get("number"): findings_of(source[i]).scores.get("clarity", 1e9)
         for i in range(len(source))
     }
     assert all(clarity[d] < 10.0 for d in flat)
@@ -185,7 +187,8 @@ def test_thresholds_are_applied_without_scoring(scored, tmp_path, monkeypatch):
     other = select_documents(
         out, selection_config({"rules": rules, "drop_duplicates": False, "missing": "drop"}), second
     )
-    means = [source[i].metadata["scores"].get("brightness/mean", -1.0) for i in range(len(source))]
+    found = [findings_of(source[i]) for i in range(len(source))]
+    means = [one.scores.get("brightness/mean", -1.0) for one in found]
     assert other["kept"] == sum(100.0 <= mean <= 200.0 for mean in means)
     histogram = other["histograms"]["brightness/mean"]
     assert sum(histogram["all"]) == 57
@@ -268,3 +271,61 @@ def test_an_error_of_a_worker_is_one_line(ray_session, tmp_path):
         score_source(LatentSource(), config, tmp_path / "out")
     message = str(caught.value)
     assert message == "document planted/planted/0: the image is given as latents; it has no pixels"
+
+
+@dataclasses.dataclass(frozen=True)
+class OddSource:
+    """Three copies of a picture of sides 64, 200 and 100, with metadata that look like ours, then
+    documents that cannot be written."""
+
+    METADATA = (
+        {"caption": "ok", "scores": [1, 2], "duplicates": 3, "curation": 5},
+        {"scores": {"min_side": "tall"}, "curation": {"scores": [3], "duplicates": {"best": 1}}},
+        {"phash": 1, "curation": {"scores": {"min_side": 9999}, "hash": 7, "more": 1}},
+    )
+    BAD = ({"a": "\ud800"}, {"a": {1, 2}}, {"a": 2**70})
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        encoded = planted.as_file(PlantedSource()._picture(3).resize((self._side(index),) * 2), 60)
+        document = Document((Text("x"), Image(encoded=encoded)), str(index), "odd", "pair")
+        if index < 3:
+            return dataclasses.replace(document, metadata=self.METADATA[index])
+        if index < 6:
+            return dataclasses.replace(document, metadata=self.BAD[index - 3])
+        return dataclasses.replace(document, **({"id": "\udc00"} if index == 6 else {"id": 7}))
+
+    def _side(self, index):
+        return (64, 200, 100, 30, 30, 30, 30, 30)[index]
+
+
+def test_odd_metadata_and_the_best_that_passes(ray_session, tmp_path):
+    out = tmp_path / "scored"
+    config = curation_config(stages(), documents_per_shard=1)
+    summary = score_source(OddSource(), config, out)
+    assert (summary["written"], summary["faults"]) == (3, {"bad_document": 5})
+    source = RecordSource(out)
+    for i, side in enumerate((64, 200, 100)):
+        metadata = source[i].metadata
+        assert {k: v for k, v in metadata.items() if k != "curation"} == {
+            k: v for k, v in OddSource.METADATA[i].items() if k != "curation"
+        }
+        assert set(metadata["curation"]) == {"scores", "hash", "duplicates"}
+        assert metadata["curation"]["scores"]["min_side"] == side
+        expected = {"group": 0, "best": i == 1, "quality": side**2}
+        assert metadata["curation"]["duplicates"] == expected
+    # By default the largest; without it the next, wherever the shards are cut; then the last one.
+    cases = {None: ["1"], 150.0: ["2"], 90.0: ["0"], 10.0: []}
+    for limit, kept in cases.items():
+        for shard_bytes in (1, 2**29):
+            values = {"rules": {"min_side": (None, limit)}, "shard_bytes": shard_bytes}
+            folder = tmp_path / f"{limit} {shard_bytes}"
+            tally = select_documents(out, selection_config(values), folder)
+            found = RecordSource(folder)
+            assert [found[i].id for i in range(len(found))] == kept
+            assert tally["failed"]["duplicates"] == 2
+            assert tally["failed"].get("min_side", 0) == sum(
+                s > (limit or 1e9) for s in (64, 200, 100)
+            )

@@ -186,3 +186,64 @@ def test_a_pair_without_words_gets_some():
     document = with_wording(Document((pair(1).images[0],), "i", "s", "pair"), "new", "a caption")
     assert document.parts[0] == Text("a caption", wordings={"new": "a caption"})
     assert len(document.parts) == 2
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"choices": [{"message": {"content": "half \\ud800"}}]}',
+        b'{"choices": [{"message": {"content": "\xff"}}]}',
+        b"[" * 200_000,
+        b'{"choices": [{"message": {"content": "long"}}]}' + b" " * 2**20,
+    ],
+)
+def test_answers_that_are_no_text(server, tmp_path, body):
+    server.bodies = [body]
+    asked = recaptioner(server, tmp_path, max_failed_fraction=1.0)
+    found, failed = asked.recaption([pair(10)])
+    assert (failed, dict(found[0].parts[0].wordings), len(server.requests)) == (1, {}, 1)
+    # Nothing was kept.
+    found, failed = asked.recaption([pair(10)])
+    assert (failed, found[0].parts[0].wordings["recaption"]) == (0, "caption 10")
+
+
+def test_a_cached_answer_that_is_no_text_is_asked_again(tmp_path):
+    cache = CaptionCache(tmp_path)
+    cache.put("aa1", "fine")
+    cache.put("aa2", "half \ud800")
+    assert (cache.get("aa1"), cache.get("aa2"), cache.get("aa3")) == ("fine", None, None)
+
+
+def test_an_answer_that_is_cut_off_is_asked_again(server, tmp_path):
+    server.script = [(200, {"Content-Length": "4000", "Connection": "close"})]
+    found, _ = recaptioner(server, tmp_path, timeout=5.0).recaption([pair(10)])
+    assert found[0].parts[0].wordings == {"recaption": "caption 10"}
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [
+        *(("nan", 120), ("inf", 120), ("1e400", 120), ("99999", 120), ("-3", 0), ("7.5", 7.5)),
+        *(("Fri, 31 Dec 9999 23:59:59 GMT", 120), ("soon", 0)),
+    ],
+)
+def test_retry_after_is_capped(server, tmp_path, said, seconds):
+    waits = []
+    server.script = [(429, {"Retry-After": said})]
+    asked = recaptioner(server, tmp_path, waits.append)
+    asked.recaption([pair(10)])
+    assert waits[0] == pytest.approx(seconds, abs=0.02)
+    left = float(asked.endpoint._limit.path.read_text()) - time.monotonic()
+    assert left == pytest.approx(seconds, abs=1) or seconds == 0
+
+
+@pytest.mark.parametrize("text", ["inf", "nan", "-inf", "tomorrow"])
+def test_a_turn_that_is_no_time_is_ignored(text):
+    slept = []
+    limit = RateLimit(f"test {text} {time.time()}", 60.0, slept.append)
+    limit.path.write_text(text)
+    limit.wait()
+    assert slept == []
+    limit.wait()
+    assert slept == [pytest.approx(1.0, abs=0.2)]

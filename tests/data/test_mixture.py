@@ -61,3 +61,19 @@ def test_bad_weights_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             Mixture(weights)
+
+
+def test_streams_side_by_side_spread_a_rare_source():
+    """64 streams, a document in a hundred: not all at once, nor none for a hundred turns."""
+    ratios = {"often": 0.95, "rare": 0.01, "some": 0.04}
+    streams = [Mixture(ratios, (v + 0.5) / 64) for v in range(64)]
+    counts = dict.fromkeys(ratios, 0)
+    for turn in range(1, 301):
+        drawn = [stream.draw()[0] for stream in streams]
+        assert drawn.count("rare") <= 4
+        for name in drawn:
+            counts[name] += 1
+        for name, ratio in ratios.items():
+            assert abs(counts[name] - 64 * turn * ratio) < 12
+    for name, ratio in ratios.items():
+        np.testing.assert_allclose(counts[name] / (64 * 300), ratio, atol=1e-3)

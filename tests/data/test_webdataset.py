@@ -316,9 +316,10 @@ def test_faults_of_documents(tmp_path):
     source = WebDatasetSource(write_tar(tmp_path / "a.tar", members))
     assert outcomes(source) == [
         *("a.tar/good", "missing_image", "empty_text", "empty_text", "unreadable"),
-        *("unreadable", "unreadable", "missing_image", "a.tar/two", "empty_text"),
+        *("unreadable", "unreadable", "missing_image", "bad_document", "empty_text"),
     ]
-    assert (source[8].kind, source[8].metadata) == ("text", {"unused_images": 2})
+    with pytest.raises(DocumentError, match="no tag of the text names any of 2 images"):
+        source[8]
     with pytest.raises(DocumentError, match=r"^a.tar/gone: there is no image for <image_2>$"):
         source[1]
     with pytest.raises(DocumentError, match=r"^a.tar/alone: the caption is missing$"):

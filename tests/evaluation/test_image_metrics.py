@@ -58,7 +58,7 @@ def test_ssim_is_that_of_scikit_image(height, width):
     # Floats are taken as they are; scikit-image works in float64 here as well.
     a, b = x + 0.25, y * 0.9
     expected = [reference_ssim(*pair) for pair in zip(a, b, strict=True)]
-    np.testing.assert_allclose(ssim(a, b), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(ssim)(a, b), expected, rtol=0, atol=1e-5)
 
 
 def test_ssim_of_equal_images_is_one():

@@ -74,7 +74,8 @@ def test_tokens_of_pixels_and_of_records_are_the_same():
     pixels = np.random.default_rng([2]).integers(0, 256, (5, 16, 16, 3), np.uint8)
     variables = {"params": tiny_model.vae_params()}
     images = jnp.asarray(pixels) / 127.5 - 1
-    expected = VAE(tiny_model.VAE_CONFIG).apply(variables, images, method="encode_tokens")
+    encode = functools.partial(VAE(tiny_model.VAE_CONFIG).apply, method="encode_tokens")
+    expected = jax.jit(encode)(variables, images)
     source = documents([Image(pixels=one) for one in pixels])
     # A batch and what is left.
     found = token_drift.image_tokens(pipeline(), source, 9, batch_size=3)

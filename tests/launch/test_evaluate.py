@@ -2,6 +2,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import shutil
 import types
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from matplotlib.figure import Figure
 from PIL import Image
 from skimage.data import astronaut
 
@@ -29,13 +31,24 @@ PROGRAM = "launch/evaluate.py"
 SHAPES = {"type": "shapes", "kind": "pair", "level": "easy"}
 
 
-@pytest.fixture
-def workdir(tmp_path):
-    """What the training of a tokenizer leaves, checkpoints apart."""
-    path = tmp_path / "tok"
+@pytest.fixture(scope="module")
+def untouched_workdir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizers") / "tok"
     write_vae_directory(path, tiny_model.VAE_CONFIG, tiny_model.vae_params())
     write_config(path, {"sources": {"shapes": SHAPES}})
     return path
+
+
+@pytest.fixture
+def workdir(untouched_workdir, tmp_path):
+    """What the training of a tokenizer leaves, checkpoints apart."""
+    return pathlib.Path(shutil.copytree(untouched_workdir, tmp_path / "tok"))
+
+
+@pytest.fixture
+def empty_figures(monkeypatch):
+    """Figures are files without content; other tests here draw them."""
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: pathlib.Path(path).touch())
 
 
 def write_config(path, sections):
@@ -101,7 +114,7 @@ def test_a_report_holds_numbers_alone(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_of_images_and_a_published_tokenizer(tmp_path):
+def test_a_folder_of_images_and_a_published_tokenizer(tmp_path, empty_figures):
     """Exported, the tokenizer is the same; images come from where the flag says."""
     # The published format knows no other number of groups.
     config = dataclasses.replace(tiny_model.VAE_CONFIG, channels=32, num_groups=32)
@@ -114,7 +127,7 @@ def test_a_folder_of_images_and_a_published_tokenizer(tmp_path):
     for i in range(3):
         crop = astronaut()[100 * i : 100 * i + 60, 80:150]
         Image.fromarray(crop).save(tmp_path / "photos" / f"{i}.png")
-    flags = [f"--source=images:{tmp_path / 'photos'}", "--image_size=48"]
+    flags = [f"--source=images:{tmp_path / 'photos'}", "--image_size=24"]
     # The name of the source is that of the flag, as files can be called.
     name = re.sub(r"[^A-Za-z0-9_.]+", "-", f"images:{tmp_path / 'photos'}")
     both = []
@@ -123,7 +136,7 @@ def test_a_folder_of_images_and_a_published_tokenizer(tmp_path):
         both.append(run(tmp_path / folder, *flags, out, names=(name,))["results"][name])
     ours, theirs = both
     assert ours["num_images"] == 3
-    assert ours["latent"]["shape"] == [24, 24, 4]
+    assert ours["latent"]["shape"] == [12, 12, 4]
     assert "originals" not in ours
     for one, other in zip(ours["levels"], theirs["levels"], strict=True):
         assert one["psnr"] == pytest.approx(other["psnr"], rel=1e-6)
@@ -136,7 +149,7 @@ def write_photos(folder):
         Image.fromarray(astronaut()[:40, 40 * i : 40 * i + 40]).save(folder / f"{i}.png")
 
 
-def test_several_sources_are_judged_apart(workdir, capsys, tmp_path):
+def test_several_sources_are_judged_apart(workdir, capsys, tmp_path, request):
     """Those of the run, and those of the flag."""
     write_photos(tmp_path / "photos")
     photos = {"type": "images", "root": str(tmp_path / "photos")}
@@ -162,6 +175,7 @@ def test_several_sources_are_judged_apart(workdir, capsys, tmp_path):
         assert first[:3] == ["noise", "0", f"{one['levels'][0]['psnr']:.2f}"]
     out = f"--out={tmp_path / 'flag'}"
     names = ("shapes-easy", "photographs")
+    request.getfixturevalue("empty_figures")
     given = run(workdir, "--source=shapes:easy,photographs", out, names=names)["results"]
     # What the flag names is the run's own held-out world.
     assert given["shapes-easy"]["levels"][0]["psnr"] == results["the-world"]["levels"][0]["psnr"]
@@ -262,8 +276,13 @@ def test_drift_of_a_model(model, capsys):
     assert results["num_images"] == 3
     source = ShapesSource("pair", "easy", "heldout", image_size=32)
     pixels = np.stack([source[i].images[0].pixels for i in range(3)])
-    vae, variables = VAE(tiny_model.VAE_CONFIG), {"params": tiny_model.vae_params()}
-    data = vae.apply(variables, jnp.asarray(pixels) / 127.5 - 1, 2, method="encode_tokens")
+    vae = VAE(tiny_model.VAE_CONFIG)
+
+    @jax.jit
+    def encode(params, images):
+        return vae.apply({"params": params}, images, 2, method="encode_tokens")
+
+    data = encode(tiny_model.vae_params(), jnp.asarray(pixels) / 127.5 - 1)
     variance = np.asarray(data).var(axis=2).mean(axis=0)
     np.testing.assert_allclose(results["data"]["variance"], variance, rtol=1e-4)
     assert list(results["guidance"]) == ["1.5", "7"]
