@@ -174,7 +174,7 @@ def test_several_processes_judge_together(tokenizer, model_config):
                 return vector + np.array(flat, np.int64)
 
             reports.append(statistics.DataReport(iterator.counts, add_up, 0.01))
-        for _ in range(300):
+        for _ in range(150):
             for iterator in iterators:
                 next(iterator)
         messages = []

@@ -1,5 +1,6 @@
 """The program as a process: the page of a folder of pictures, and what it refuses."""
 
+import importlib
 import json
 import os
 import pathlib
@@ -9,14 +10,24 @@ import sys
 
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 
-from launch import preview_data
 from nextstep_jax.data.text_tokenizer import train_bpe
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROGRAM = "launch/preview_data.py"
 CAPTIONS = ["a <b>red</b> field", "</script><script>alert(1)</script>", "a green field", "", "grey"]
+
+
+@pytest.fixture(scope="module")
+def preview_data():
+    """The program as a module. Its flags are those of a process and must not stay in this one."""
+    before = set(flags.FLAGS)
+    module = importlib.import_module("launch.preview_data")
+    for name in set(flags.FLAGS) - before:
+        delattr(flags.FLAGS, name)
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +83,7 @@ def test_page_of_a_folder(photos, tmp_path):
     assert page.count("<script") == 2
 
 
-def test_the_tokenizer_of_a_run(tmp_path):
+def test_the_tokenizer_of_a_run(preview_data, tmp_path):
     tokenizer = train_bpe(["a red circle"] * 3, 300)
     tokenizer.save(tmp_path / "tokenizer.json")
     sources = {"x": ([], 1.0)}  # Not read.
@@ -95,7 +106,7 @@ def test_the_tokenizer_of_a_run(tmp_path):
         ("preview.html", 1, -1, "--num_batches=-1 must be at least 1"),
     ],
 )
-def test_refusals(tmp_path, out, n, num_batches, message):
+def test_refusals(preview_data, tmp_path, out, n, num_batches, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         preview_data.check_flags(tmp_path / out, n, num_batches)
     assert not list(tmp_path.iterdir())
