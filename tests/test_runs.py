@@ -94,7 +94,10 @@ def test_pipeline_samples_from_the_workdir(workdirs):
 
 @pytest.mark.parametrize(
     ("name", "argument"),
-    [("shapes", "easy"), ("shapes", "full"), ("folder", "x"), ("records", "x")],
+    [
+        *(("shapes", "easy"), ("shapes", "full"), ("folder", "x"), ("records", "x")),
+        *(("folder", "x,tiny"), ("records", "x,tiny")),
+    ],
 )
 def test_model_configs_have_no_unknown_keys(name, argument):
     config = experiment.plain(load_config(name, argument))
@@ -163,3 +166,30 @@ def test_every_program_has_help_with_an_example():
     for path in programs:
         head = path.read_text().split('"""')[1]
         assert f"launch/{path.name}" in head, path
+
+
+def test_a_tiny_model_of_a_folder_is_tiny():
+    sizes = [
+        experiment.build_model_config(
+            experiment.plain(load_config("folder", argument))["model"]
+        ).decoder.embed_dim
+        for argument in ("x", "x,tiny")
+    ]
+    assert sizes == [768, 192]
+    with pytest.raises(ValueError, match="'x,large' must be FOLDER or FOLDER,tiny"):
+        load_config("folder", "x,large")
+
+
+def test_held_out_pictures_pass_over_bad_files(tmp_path):
+    """The first image by name is no image; the good ones come in turn."""
+    (tmp_path / "a.png").write_bytes(b"nothing")
+    for name, value in (("b", 50), ("c", 200)):
+        Image.new("RGB", (32, 32), (value,) * 3).save(tmp_path / f"{name}.png")
+    sources = {"images": {"type": "images", "root": str(tmp_path)}}
+    pixels = runs._held_out_pixels({"sources": sources}, 32)
+    assert pixels.shape == (16, 32, 32, 3)
+    assert pixels[:, 0, 0, 0].tolist() == [50, 200] * 8
+    for name in "bc":
+        (tmp_path / f"{name}.png").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="none of the sources has an image that can be used"):
+        runs._held_out_pixels({"sources": sources}, 32)

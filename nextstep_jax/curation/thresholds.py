@@ -104,7 +104,7 @@ def replaced_bests(
     return dict(zip(names.tolist(), index[order][first].tolist(), strict=True))
 
 
-class Tally:
+class VerdictCounts:
     """Counts verdicts, draws histograms and picks examples, of one shard."""
 
     def __init__(self, edges: Mapping[str, Sequence[float]], num_examples: int):
@@ -341,7 +341,7 @@ def _select(
     counts = []
     for number in batch["id"]:
         shard = missing[number]
-        tally = Tally(edges, config.num_examples)
+        tally = VerdictCounts(edges, config.num_examples)
         with ShardWriter(out / shard_name(shard, len(spans))) as writer:
             for index in spans[shard]:
                 document = source.value[index]

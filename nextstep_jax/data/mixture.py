@@ -79,15 +79,18 @@ class Mixture:
         return name
 
     def get_state(self) -> dict[str, Any]:
-        """Credits and positions, as values that JSON keeps exactly."""
-        return {"credit": dict(self._credit), "position": dict(self._position)}
+        """Credits and positions, as values that JSON keeps exactly.
+
+        Only what is drawn has credit.
+        """
+        credit = {name: self._credit[name] for name, share in self._shares.items() if share}
+        return {"credit": credit, "position": dict(self._position)}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Goes on from `get_state`, also of a mixture with other weights or sources.
 
-        Credit of a source that is no longer drawn is void.
+        A source that was not drawn before begins with the credit of the phase.
         """
-        for name, share in self._shares.items():
-            credit = float(state["credit"].get(name, self._credit[name]))
-            self._credit[name] = credit if share else 0.0
+        for name in self._shares:
+            self._credit[name] = float(state["credit"].get(name, self._credit[name]))
             self._position[name] = int(state["position"].get(name, 0))

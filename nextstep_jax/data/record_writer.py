@@ -30,7 +30,7 @@ _WRITER_OPTIONS = "group_size:1,zstd:3"
 TOKEN_KINDS = ("text", "image")
 
 
-class _Tally:
+class _Contents:
     """Counts what a shard holds."""
 
     def __init__(self):
@@ -118,7 +118,7 @@ class ShardWriter:
             os.close(self._lock)
             raise ValueError(f"{self.path} is being written by another process") from error
         self._writer = ArrayRecordWriter(str(self._unfinished), _WRITER_OPTIONS)
-        self._tally = _Tally()
+        self._contents = _Contents()
 
     def write(self, document: Document) -> None:
         """Adds a document.
@@ -128,19 +128,19 @@ class ShardWriter:
                 it. Nothing is added then.
         """
         record = encode_document(document)
-        self._tally.add(document, record)
+        self._contents.add(document, record)
         self._writer.write(record)
 
     def skip(self, reason: Reason) -> None:
         """Counts a document that cannot be written."""
-        self._tally.skip(reason)
+        self._contents.skip(reason)
 
     def add_tokens(self, text: int | None, image: int | None) -> None:
         """Counts the tokens that a document will have in training; None where nobody knows.
 
         Not to be mixed up with the `image_tokens` of the index, the latents that are stored.
         """
-        self._tally.add_tokens(text, image)
+        self._contents.add_tokens(text, image)
 
     def finish(self) -> dict[str, Any]:
         """Brings the shard to the disk and gives it its name; returns what it holds.
@@ -155,7 +155,7 @@ class ShardWriter:
 
     def _finish(self) -> dict[str, Any]:
         self._writer.close()
-        contents = self._tally.as_dict()
+        contents = self._contents.as_dict()
         found = num_records(self._unfinished)
         if found != contents["documents"]:
             raise OSError(f"{self.path}: wrote {contents['documents']} documents, found {found}")

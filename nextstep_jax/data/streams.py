@@ -159,7 +159,7 @@ class Stream:
             read_ahead: Documents asked for ahead of the packer.
         """
         self._index, self._num_streams = index, num_streams
-        self._readers, self._weights = readers, weights
+        self._readers = readers
         self._judge, self._pool = judge, pool
         self._read_ahead = read_ahead if pool is not None else 0
         # With threads, few enough that there is work for several.

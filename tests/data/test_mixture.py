@@ -77,3 +77,17 @@ def test_streams_side_by_side_spread_a_rare_source():
             assert abs(counts[name] - 64 * turn * ratio) < 12
     for name, ratio in ratios.items():
         np.testing.assert_allclose(counts[name] / (64 * 300), ratio, atol=1e-3)
+
+
+def test_a_source_that_is_taken_up_later_is_spread_too():
+    """Of weight 0 at first, then one document in a hundred, over 64 streams."""
+    counts = []
+    for v in range(64):
+        phase = (v + 0.5) / 64
+        first, second = Mixture({"a": 1.0, "b": 0.0}, phase), Mixture({"a": 0.99, "b": 0.01}, phase)
+        draw(first, 10)
+        second.set_state(json.loads(json.dumps(first.get_state())))
+        names = [name for name, _ in draw(second, 200)]
+        counts.append([names[:50].count("b"), names.count("b")])
+    early, whole = np.sum(counts, axis=0)
+    assert 24 <= early <= 40 and 120 <= whole <= 136  # 32 and 128, a few streams at the edge.

@@ -320,19 +320,20 @@ def test_names_seed_the_sources(tokenizer, model_config):
     assert sorted(orders["a"]) == sorted(orders["b"]) and orders["a"] != orders["b"]
 
 
-@pytest.mark.parametrize("side", [64, 256])
-def test_rows_of_the_built_in_mixture_are_full(side, tokenizer, model_config):
-    """Less than 3% padding at length 4096, with the weights of configs/shapes.py."""
+def test_rows_of_the_built_in_mixture_are_full(tokenizer, model_config):
+    """Less than 3% padding at length 4096, of rows that were begun after the first were closed."""
     mixture = {"text": 0.1, "pair": 0.7, "edit": 0.1, "interleaved": 0.1}
     sources = {
-        kind: (shapes.ShapesSource(kind, "full", image_size=side, num_documents=300), weight)
+        kind: (shapes.ShapesSource(kind, "full", num_documents=100), weight)
         for kind, weight in mixture.items()
     }
     config = pipeline.DataConfig(
         row_length=4096,
         rows_per_batch=4,
         num_streams=1,
-        layout=LayoutConfig(image_bases=(side,), square_only=True),
+        num_open_rows=8,
+        layout=LayoutConfig(image_bases=(64,), square_only=True),
     )
-    found = batches(2 if side == 64 else 6, sources, tokenizer, model_config, config)
-    assert np.mean([packing.padding_share(batch) for batch in found]) < 0.03
+    found = batches(4, sources, tokenizer, model_config, config)
+    shares = [packing.padding_share(batch) for batch in found]
+    assert np.mean(shares) < 0.03 and np.mean(shares[2:]) < 0.03

@@ -16,7 +16,7 @@ from flax import linen as nn
 from nextstep_jax.data import source_types
 from nextstep_jax.data.layout import LayoutConfig, fit_image
 from nextstep_jax.data.record_writer import shard_name
-from nextstep_jax.data.records import RecordSource
+from nextstep_jax.data.records import RecordSource, read_index
 from nextstep_jax.data.schema import Document, Image, Text
 from nextstep_jax.data.shapes import ShapesSource
 from nextstep_jax.models.nextstep import init_params
@@ -329,6 +329,7 @@ def test_bad_documents_are_left_out_up_to_a_limit(encode, unbroken, tmp_path, ca
     report = encode(tmp_path / "a", Poisoned({3, 20}))
     assert report.skipped == {"bad_image": 2} and report.documents == NUM - 2
     assert "document mixed/d/20: cannot decode the image" in caplog.text
+    assert read_index(tmp_path / "a")["skipped"] == {"bad_image": 2}
     found, whole = RecordSource(tmp_path / "a"), RecordSource(unbroken.out)
     rest = [i for i in range(NUM) if i not in (3, 20)]
     assert [found[k].id for k in range(len(found))] == [f"d/{i}" for i in rest]

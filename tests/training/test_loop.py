@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import signal
+import time
 
 import grain
 import jax
@@ -308,3 +309,21 @@ def test_rows_that_do_not_divide(tmp_path):
 
     with pytest.raises(ValueError, match="batch of 6 rows does not divide over mesh"):
         loop.run(Odd(), config(mesh=mesh), tmp_path)
+
+
+def test_the_share_of_time_that_data_are_waited_for():
+    """A dataset that takes 30 ms between steps of 10 ms; then one that is quick."""
+
+    def slow():
+        for number in range(8):
+            time.sleep(0.03 if number < 4 else 0.0)
+            yield number
+
+    watch = loop._DataWatch(slow())
+    shares = []
+    for _ in range(2):
+        for _ in range(4):
+            watch.next()
+            time.sleep(0.01)
+        shares.append(watch.report()["data_wait_share"])
+    assert 0.5 < shares[0] < 0.85 and shares[1] < 0.1
