@@ -12,25 +12,23 @@ import json
 import logging
 import math
 import pathlib
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Key
 
-from nextstep_jax.data.statistics import DataReport
 from nextstep_jax.parallel import mesh as meshes
 from nextstep_jax.parallel import sharding
 from nextstep_jax.training.checkpoint import Checkpoint, CheckpointStore, Clock
-from nextstep_jax.training.metrics import MetricsWriter, check_finite
+from nextstep_jax.training.metrics import MetricsWriter
 from nextstep_jax.training.optimizer import OptimizerConfig
+from nextstep_jax.training.reporting import DataWatch, Pending
 from nextstep_jax.training.state import Metrics, TrainState, init_state, make_train_step
+from nextstep_jax.training.stopping import StopRequest
 
 
 @runtime_checkable
@@ -195,7 +193,7 @@ def run(
             batch do not divide over the mesh.
     """
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(_StopRequest())
+        stop = stack.enter_context(StopRequest())
         args = (hooks, on_start, initial_params, stop, stack)
         return _run(task, config, pathlib.Path(workdir), *args)
 
@@ -268,11 +266,11 @@ def start_from(state: TrainState, params: Any) -> TrainState:
 
 def _steps(task, config, setup, checkpoint, store, writer, hooks, stop) -> None:
     """Next, update, save, hooks; `checkpoint` holds the current state throughout."""
-    pending = _Pending(config, writer)
+    pending = Pending(config.is_logged, writer)
     step_fn = None
     saved = step = int(checkpoint.state.step)
     began, seconds = time.monotonic(), checkpoint.clock.seconds
-    watch = _DataWatch(checkpoint.dataset)
+    watch = DataWatch(checkpoint.dataset)
     while step < config.num_steps and not stop.requested:
         local = watch.next()
         with jax.transfer_guard("disallow"):
@@ -303,38 +301,6 @@ def _steps(task, config, setup, checkpoint, store, writer, hooks, stop) -> None:
         store.save(step, checkpoint)
     if stop.requested:
         logging.warning("stopped at step %d; a new start continues there", step)
-
-
-class _DataWatch:
-    """Takes batches, and says how long they were waited for and what they held."""
-
-    def __init__(self, dataset: Any):
-        self._dataset, self._began, self._waited = dataset, time.monotonic(), 0.0
-        self._report = lambda: {}
-        if hasattr(dataset, "counts"):
-            add_up = _sum_over_processes if jax.process_count() > 1 else None
-            self._report = DataReport(dataset.counts, add_up, dataset.max_bad_fraction)
-
-    def next(self) -> Any:
-        """The next batch."""
-        began = time.monotonic()
-        batch = next(self._dataset)
-        self._waited += time.monotonic() - began
-        return batch
-
-    def report(self) -> dict[str, float]:
-        """Of the time since the last report, the share spent waiting; and the data's own."""
-        now = time.monotonic()
-        share = self._waited / max(now - self._began, 1e-9)
-        self._began, self._waited = now, 0.0
-        return {"data_wait_share": share, **self._report()}
-
-
-def _sum_over_processes(numbers: np.ndarray) -> np.ndarray:
-    """The sum of the int64 vectors of all processes."""
-    # As halves, which devices without 64 bits keep whole.
-    gathered = multihost_utils.process_allgather(numbers.view(np.int32))
-    return np.ascontiguousarray(gathered).view(np.int64).sum(axis=0)
 
 
 def _compile(setup: Setup, state: TrainState, batch: Any) -> Any:
@@ -379,53 +345,3 @@ def to_device(mesh: jax.sharding.Mesh, local: Any) -> Any:
     return jax.tree.map(
         lambda x: sharding.global_rows(mesh, lambda _, rows: x[rows], x.shape), local
     )
-
-
-class _Pending:
-    """Metrics of the step that is still running; handed on when the next one has been sent."""
-
-    def __init__(self, config: LoopConfig, writer: MetricsWriter):
-        self._config, self._writer, self._entry = config, writer, None
-
-    def push(self, step: int, metrics: Metrics, extra: dict[str, float]) -> None:
-        entry, self._entry = self._entry, (step, metrics, extra)
-        self._hand_on(entry)
-
-    def flush(self) -> None:
-        entry, self._entry = self._entry, None
-        self._hand_on(entry)
-
-    def _hand_on(self, entry) -> None:
-        if entry is None:
-            return
-        step, metrics, extra = entry
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        check_finite(step, values)
-        if self._config.is_logged(step):
-            # Lines count updates from 0, as the state did when the step began.
-            self._writer.write(step - 1, {**values, **extra})
-        shown = {k: v for k, v in values.items() if k == "loss" or k.endswith("_loss")}
-        rate = extra["samples"] / max(extra["seconds"], 1e-9)
-        self._writer.progress(step, {**shown, "samples/s": rate})
-
-
-class _StopRequest(contextlib.AbstractContextManager):
-    """Notes SIGTERM and the first Ctrl-C instead of dying of them."""
-
-    requested = False
-
-    def __enter__(self):
-        self._previous = {}
-        with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, _):
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True

@@ -11,7 +11,7 @@ import numpy as np
 from nextstep_jax.models.config import VAEConfig
 from nextstep_jax.models.vae import VAE
 from nextstep_jax.parallel.mesh import make_mesh
-from nextstep_jax.training import loop
+from nextstep_jax.training import loop, reporting
 from nextstep_jax.training.batch_encoding import BatchEncoder
 
 LENGTH = 30
@@ -52,7 +52,7 @@ def main(address, count, index, source, out):
     with jax.transfer_guard("disallow"):
         latents = BatchEncoder(vae, params, 2, 1)(mesh, batch)
         ids = loop.to_device(mesh, {"token_ids": batch["token_ids"]})["token_ids"]
-    found = {"total": loop._sum_over_processes(np.array([2**40 + index, 7], np.int64))}
+    found = {"total": reporting.sum_over_processes(np.array([2**40 + index, 7], np.int64))}
     for name, array in (("latents", latents), ("ids", ids)):
         for shard in array.addressable_shards:
             start = shard.index[0].indices(len(pixels))[0]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from nextstep_jax.training import loop
+from nextstep_jax.training import loop, reporting
 from nextstep_jax.training.checkpoint import load_params
 from nextstep_jax.training.loop import LoopConfig
 from nextstep_jax.training.metrics import JSONL, NonFiniteError, read_metrics
@@ -319,7 +319,7 @@ def test_the_share_of_time_that_data_are_waited_for():
             time.sleep(0.03 if number < 4 else 0.0)
             yield number
 
-    watch = loop._DataWatch(slow())
+    watch = reporting.DataWatch(slow())
     shares = []
     for _ in range(2):
         for _ in range(4):
