@@ -3,6 +3,7 @@
 Weights and activations have names of their own, so that a rule for one never moves the other.
 """
 
+import itertools
 import logging
 import math
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from jaxtyping import Array, Shaped
 RULES: tuple[tuple[str, Any], ...] = (
     # Activations.
     ("act_batch", ("data", "fsdp")),
-    ("act_len", None),
+    ("act_len", "context"),
     ("act_embed", None),
     ("act_heads", "tensor"),
     ("act_mlp", "tensor"),
@@ -35,6 +36,10 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("token", None),
 )
 BATCH_AXES = ("data", "fsdp")
+LENGTH_AXIS = "context"
+# A parameter that every device holds whole is reported from this size on. Ours: the norms and
+# biases of a 14B model, stacked, stay below it.
+_LARGE_BYTES = 8 * 2**20
 
 
 def rules() -> Any:
@@ -47,42 +52,63 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis over the data and fsdp axes."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+def batch_sharding(mesh: Mesh, *, has_length: bool = False) -> NamedSharding:
+    """The leading axis over the data and fsdp axes, and the length, if any, over context."""
+    axes = (BATCH_AXES, LENGTH_AXIS) if has_length else (BATCH_AXES,)
+    return NamedSharding(mesh, PartitionSpec(*axes))
 
 
 def global_rows(
-    mesh: Mesh, rows_on: Callable[[jax.Device, slice], Any], shape: tuple[int, ...]
+    mesh: Mesh,
+    part_on: Callable[[jax.Device, tuple[slice, ...]], Any],
+    shape: tuple[int, ...],
+    *,
+    has_length: bool = False,
 ) -> Shaped[Array, "rows ..."]:
-    """The array whose rows, over the batch axes of a mesh, are those of all processes in order.
+    """The array whose rows, over the batch axes of a mesh, are those of all processes.
 
+    They stand in the order of the processes where the devices of each are neighbours on the mesh.
     Transfers are explicit, so that a guard against others lets them pass.
 
     Args:
         mesh: Where the result lies.
-        rows_on: (device, slice) -> some of this process's rows, on the host or on that device.
+        part_on: (device, slices) -> a part of this process's rows, on the host or on that device.
         shape: Of this process's rows.
+        has_length: The second axis is the length of a row, and is laid over context.
 
     Raises:
-        ValueError: The devices of this process do not hold as many rows as it has.
+        ValueError: The devices of this process do not hold as many rows as it has, or the mesh
+            does not divide the length.
     """
-    target = batch_sharding(mesh)
+    target = batch_sharding(mesh, has_length=has_length)
+    ways = mesh.shape[LENGTH_AXIS]
+    if has_length and shape[1] % ways:
+        raise ValueError(
+            f"rows of length {shape[1]} do not divide over mesh axis {LENGTH_AXIS!r} of {ways}"
+        )
     whole = (shape[0] * jax.process_count(), *shape[1:])
     places = {
-        device: index[0].indices(whole[0])[:2]
+        device: tuple(slice(*part.indices(n)[:2]) for part, n in zip(index, whole, strict=True))
         for device, index in target.addressable_devices_indices_map(whole).items()
     }
-    first = min(start for start, _ in places.values())
-    last = max(stop for _, stop in places.values())
-    if last - first != shape[0]:
+    # The devices of a process need not be neighbours on the mesh: on a torus they often are not.
+    blocks = sorted({(rows.start, rows.stop) for rows, *_ in places.values()})
+    starts = dict(
+        zip(blocks, itertools.accumulate((b - a for a, b in blocks), initial=0), strict=False)
+    )
+    held = sum(b - a for a, b in blocks)
+    if held != shape[0]:
         raise ValueError(
-            f"a process has {shape[0]} rows, but its devices hold {last - first} of"
+            f"a process has {shape[0]} rows, but its devices hold {held} of"
             f" {whole[0]} on mesh {dict(mesh.shape)}: give every process whole rows"
         )
+
+    def local(rows, *rest):
+        start = starts[rows.start, rows.stop]
+        return (slice(start, start + rows.stop - rows.start), *rest)
+
     parts = [
-        jax.device_put(rows_on(device, slice(start - first, stop - first)), device)
-        for device, (start, stop) in places.items()
+        jax.device_put(part_on(device, local(*place)), device) for device, place in places.items()
     ]
     return jax.make_array_from_single_device_arrays(whole, target, parts)
 
@@ -103,29 +129,63 @@ def tree_shardings(abstract: Any, mesh: Mesh) -> Any:
     """
     known = [name for name, _ in RULES]
 
-    def place(leaf):
+    def place(path, leaf):
         if not isinstance(leaf, nn.Partitioned):
             return replicated(mesh)
-        unknown = [name for name in leaf.names if name is not None and name not in known]
+        name = _path_name(path)
+        unknown = [axis for axis in leaf.names if axis is not None and axis not in known]
         if unknown:
-            raise ValueError(f"logical axes {unknown} are not in the sharding table {known}")
+            raise ValueError(
+                f"{name}: logical axes {unknown} are not in the sharding table {known}"
+            )
         spec = nn.logical_to_mesh_axes(leaf.names, RULES)
-        return NamedSharding(mesh, _divisible(spec, leaf.value.shape, mesh))
+        return NamedSharding(mesh, _divisible(name, spec, leaf.value.shape, mesh))
 
-    return jax.tree.map(place, abstract, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    return jax.tree_util.tree_map_with_path(
+        place, abstract, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+    )
 
 
-def _divisible(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _path_name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _divisible(name: str, spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Leaves a dimension whole that its mesh axes do not divide, and says so."""
     entries = []
     for size, entry in zip(shape, tuple(spec), strict=True):
         names = (entry,) if isinstance(entry, str) else (entry or ())
         ways = math.prod(mesh.shape[name] for name in names)
         if size % ways:
-            logging.warning("dimension %d of %s is not sharded %d ways", size, shape, ways)
+            logging.warning(
+                "%s: dimension %d of %s is not sharded %d ways", name, size, shape, ways
+            )
             entry = None
         entries.append(entry)
     return PartitionSpec(*entries)
+
+
+def large_replicated(
+    abstract: Any, mesh: Mesh, least_bytes: int = _LARGE_BYTES
+) -> list[tuple[str, int]]:
+    """Paths and bytes of the large leaves that every device of a mesh with shards would hold whole.
+
+    Args:
+        abstract: ShapeDtypeStructs with shardings.
+        mesh: The mesh they lie on.
+        least_bytes: What counts as large.
+
+    Returns:
+        The largest first; nothing on a mesh that only replicates.
+    """
+    if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+        return []
+    found = [
+        (_path_name(path), math.prod(leaf.shape) * leaf.dtype.itemsize)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)
+        if leaf.sharding.is_fully_replicated
+    ]
+    return sorted((one for one in found if one[1] >= least_bytes), key=lambda one: -one[1])
 
 
 def abstract_with_shardings(abstract: Any, shardings: Any) -> Any:

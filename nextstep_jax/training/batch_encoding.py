@@ -99,11 +99,14 @@ def _padded(array: np.ndarray, length: int, value: int) -> np.ndarray:
 def _distribute(
     latents: Float[Array, "positions token"], shape: tuple[int, int, int], mesh: jax.sharding.Mesh
 ) -> Float[Array, "batch length token"]:
-    """An array that every local device has whole -> the global array, each device with its rows."""
+    """An array that every local device has whole -> the global array, each device with its part."""
     copies = {shard.device: shard.data.reshape(shape) for shard in latents.addressable_shards}
 
-    def rows_on(device: jax.Device, rows: slice) -> jax.Array:
+    def part_on(device: jax.Device, part: tuple[slice, ...]) -> jax.Array:
         # Not by an index, which would be sent to the device.
-        return jax.lax.slice_in_dim(copies[device], rows.start, rows.stop)
+        found = copies[device]
+        for axis, here in enumerate(part[:2]):
+            found = jax.lax.slice_in_dim(found, here.start, here.stop, axis=axis)
+        return found
 
-    return sharding.global_rows(mesh, rows_on, shape)
+    return sharding.global_rows(mesh, part_on, shape, has_length=True)

@@ -32,7 +32,7 @@ from nextstep_jax.models.vae import VAE
 from nextstep_jax.training.encoding import image_tokenizer_digest
 from nextstep_jax.training.loop import LoopConfig
 from nextstep_jax.training.optimizer import OptimizerConfig
-from nextstep_jax.training.pretrain import LossConfig, NextStepTask
+from nextstep_jax.training.pretrain import LossConfig, NextStepObjective, NextStepTask
 from nextstep_jax.training.tokenizer import PerceptualNetwork, TokenizerConfig, TokenizerTask
 
 # A ConfigDict is read like a mapping but is none.
@@ -40,7 +40,7 @@ Config = Mapping[str, Any] | ConfigDict
 
 MODEL_SECTIONS = {
     *("image_size", "model", "sources", "data", "layout", "loss", "optimizer", "loop"),
-    *("sampling", "score", "dtype", "attention", "remat"),
+    *("sampling", "score", "dtype", "attention", "remat", "init_from"),
 }
 
 TOKENIZER_SECTIONS = {
@@ -92,8 +92,9 @@ def defaults(cls: type, **changes: Any) -> dict[str, Any]:
 
 def loop_defaults(**changes: Any) -> dict[str, Any]:
     """`defaults` of the loop; `mesh` gives the sizes of all axes, -1 is what is left."""
-    mesh = {"data": 1, "fsdp": -1, "tensor": 1}
-    return {**defaults(LoopConfig), "mesh": mesh, **changes}
+    mesh = {"data": 1, "fsdp": -1, "context": 1, "tensor": 1}
+    slices = dict.fromkeys(mesh, 1)
+    return {**defaults(LoopConfig), "mesh": mesh, "across_slices": slices, **changes}
 
 
 def optimizer_defaults(**changes: Any) -> dict[str, Any]:
@@ -148,7 +149,8 @@ def build_loop(config: Config) -> LoopConfig:
     if optimizer.get("num_steps") is None:
         optimizer["num_steps"] = loop.get("num_steps", LoopConfig.num_steps)
     loop["optimizer"] = build(OptimizerConfig, optimizer, "optimizer")
-    loop["mesh"] = tuple(dict(loop.get("mesh", {})).items())
+    for name in ("mesh", "across_slices"):
+        loop[name] = tuple(dict(loop.get(name, {})).items())
     return build(LoopConfig, loop, "loop")
 
 
@@ -234,24 +236,43 @@ def build_nextstep_task(
 ) -> tuple[NextStepTask, LoopConfig]:
     """The training of the unified model, from sections model, data, sources, loss, ..."""
     check_sections(config, MODEL_SECTIONS)
-    model_config = build_model_config(config["model"])
-    _check_vae(model_config, vae.config)
-    model = NextStep(
-        model_config,
-        dtype=_dtype(config),
-        attention=config.get("attention", "xla"),
-        remat=config.get("remat", "none"),
-    )
+    model, data, loss = _build_model(config), build_data(config), _build_loss(config)
+    _check_vae(model.config, vae.config)
+    sources = build_sources(config)
+    _check_records(sources, data, model.config, vae.config, vae_params)
+    args = (sources, tokenizer, data, loss, plain(config))
+    return NextStepTask(model, vae, vae_params, *args), build_model_loop(config)
+
+
+def build_objective(config: Config) -> tuple[NextStepObjective, LoopConfig]:
+    """What `build_nextstep_task` trains, without data and tokenizers: for compiling alone."""
+    check_sections(config, MODEL_SECTIONS)
     data = build_data(config)
-    loss = build(LossConfig, config.get("loss", {}), "loss")
+    most = min(data.max_image_tokens or data.row_length, data.row_length)
+    objective = NextStepObjective(_build_model(config), _build_loss(config), data.row_length, most)
+    return objective, build_model_loop(config)
+
+
+def build_model_loop(config: Config) -> LoopConfig:
+    """`build_loop`, without what only an image tokenizer can be trained with."""
     loop = build_loop(config)
     if loop.optimizer.name == "muon":
         # Its matrices are convolutions: stacked layers and heads would be taken for such.
         raise ValueError("config.optimizer.name='muon' is for image tokenizers; take 'adamw'")
-    sources = build_sources(config)
-    _check_records(sources, data, model_config, vae.config, vae_params)
-    args = (sources, tokenizer, data, loss, plain(config))
-    return NextStepTask(model, vae, vae_params, *args), loop
+    return loop
+
+
+def _build_model(config: Config) -> NextStep:
+    return NextStep(
+        build_model_config(config["model"]),
+        dtype=_dtype(config),
+        attention=config.get("attention", "xla"),
+        remat=config.get("remat", "none"),
+    )
+
+
+def _build_loss(config: Config) -> LossConfig:
+    return build(LossConfig, config.get("loss", {}), "loss")
 
 
 def plain(config: Any) -> Any:

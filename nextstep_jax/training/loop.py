@@ -50,8 +50,11 @@ class Task(Protocol):
 
     def loss(
         self, params: Any, batch: Any, key: Key[Array, ""]
-    ) -> tuple[Float[Array, ""], Metrics]:
-        """The scalar to minimise and what to log."""
+    ) -> tuple[Float[Array, ""], dict[str, Any]]:
+        """The scalar to minimise and what to log; see `state.LossFn`.
+
+        A task whose batches may be cut into parts also has a `draw`; see `state.DrawFn`.
+        """
 
     def dataset(self, process_index: int, process_count: int) -> Any:
         """A Grain IterDataset of dicts of arrays, the local part of the batch."""
@@ -72,6 +75,10 @@ class LoopConfig:
         seed: Of parameters and of the draws in the loss.
         optimizer: See `OptimizerConfig`.
         mesh: Axis name -> size; empty puts all devices on fsdp.
+        across_slices: Axis name -> ways over the slow network; see `mesh.make_mesh`.
+        accumulate: Parts of a batch that go through the devices one after another.
+        offload_optimizer: The optimizer's state stays in the memory of the host between updates,
+            on platforms that have such memory within reach of a device.
         checkpoint_every: Steps between checkpoints; the last step is always saved.
         keep_checkpoints: How many stay on disk.
         log_every: Steps between lines of metrics.
@@ -82,6 +89,9 @@ class LoopConfig:
     seed: int = 0
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: tuple[tuple[str, int], ...] = ()
+    across_slices: tuple[tuple[str, int], ...] = ()
+    accumulate: int = 1
+    offload_optimizer: bool = False
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     log_every: int = 10
@@ -89,7 +99,8 @@ class LoopConfig:
 
     def __post_init__(self):
         """Checks the ranges."""
-        least = {"num_steps": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "log_every": 1}
+        least = dict.fromkeys(("num_steps", "checkpoint_every", "keep_checkpoints", "log_every"), 1)
+        least["accumulate"] = 1
         for name, smallest in {**least, "hook_every": 0}.items():
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {smallest}")
@@ -124,20 +135,35 @@ class Setup:
 
 def set_up(task: Task, config: LoopConfig, devices: Sequence | None = None) -> Setup:
     """Mesh, abstract state, shardings and the two jitted functions of a run."""
-    mesh = meshes.make_mesh(dict(config.mesh) or None, devices)
+    mesh = meshes.make_mesh(dict(config.mesh) or None, devices, dict(config.across_slices))
 
     def make_state(key):
         params_key, run_key = jax.random.split(key)
         return init_state(task.init_params(params_key), config.optimizer, run_key)
 
-    def train_step(state, batch):
-        with sharding.rules():
-            return make_train_step(task.loss, config.optimizer)(state, batch)
-
     with jax.set_mesh(mesh):
         boxed = jax.eval_shape(make_state, jax.random.key(config.seed))
-        shardings = sharding.tree_shardings(boxed, mesh)
+        on_device = sharding.tree_shardings(boxed, mesh)
+        shardings = _offloaded(on_device) if config.offload_optimizer else on_device
         abstract = sharding.abstract_with_shardings(boxed, shardings)
+    _report_replicated(abstract, mesh)
+
+    update = make_train_step(
+        task.loss,
+        config.optimizer,
+        draw_fn=getattr(task, "draw", None),
+        accumulate=config.accumulate,
+        placed=lambda grads: jax.lax.with_sharding_constraint(grads, on_device.params),
+    )
+
+    def train_step(state, batch):
+        if config.offload_optimizer:
+            fetched = jax.device_put(state.opt_state, on_device.opt_state)
+            state = state.replace(opt_state=fetched)
+        with sharding.rules():
+            state, metrics = update(state, batch)
+        return jax.device_put(state, shardings) if config.offload_optimizer else state, metrics
+
     # Initialisers are much code for a CPU's compiler and run once: same numbers, less time.
     quick = {"xla_backend_optimization_level": 0}
     options = quick if mesh.devices.flat[0].platform == "cpu" else None
@@ -147,6 +173,23 @@ def set_up(task: Task, config: LoopConfig, devices: Sequence | None = None) -> S
     out_shardings = (shardings, sharding.replicated(mesh))
     step = jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
     return Setup(mesh, abstract, shardings, lambda: init(jax.random.key(config.seed)), step)
+
+
+def _offloaded(shardings: TrainState) -> TrainState:
+    """The same with the optimizer's arrays in the host's memory; its scalars are not worth it."""
+
+    def move(placed):
+        return placed.with_memory_kind("pinned_host") if any(placed.spec) else placed
+
+    return shardings.replace(opt_state=jax.tree.map(move, shardings.opt_state))
+
+
+def _report_replicated(abstract: TrainState, mesh: jax.sharding.Mesh) -> None:
+    """Says which large parameters the rules leave whole on every device."""
+    found = sharding.large_replicated(abstract.params, mesh)
+    if found:
+        listed = ", ".join(f"{name} ({size / 2**20:.0f} MiB)" for name, size in found)
+        logging.warning("on mesh %s every device holds whole: %s", dict(mesh.shape), listed)
 
 
 def memory_report(compiled: Any) -> str:
@@ -278,6 +321,7 @@ def _steps(task, config, setup, checkpoint, store, writer, hooks, stop) -> None:
         # The mesh is in scope for the step alone: frozen networks and hooks have their own.
         with jax.set_mesh(setup.mesh), jax.transfer_guard("disallow"):
             if step_fn is None:
+                _check_parts(batch, setup.mesh, config.accumulate)
                 step_fn = _compile(setup, checkpoint.state, batch)
             checkpoint.state, metrics = step_fn(checkpoint.state, batch)
         step += 1
@@ -315,6 +359,17 @@ def _compile(setup: Setup, state: TrainState, batch: Any) -> Any:
     return compiled
 
 
+def _check_parts(batch: Any, mesh: jax.sharding.Mesh, accumulate: int) -> None:
+    """Refuses parts of a batch whose rows do not divide over the mesh."""
+    ways = math.prod(mesh.shape[name] for name in sharding.BATCH_AXES)
+    rows = {len(leaf) for leaf in jax.tree.leaves(batch)} if accumulate > 1 else set()
+    if any(number % (ways * accumulate) for number in rows):
+        raise ValueError(
+            f"a batch of {sorted(rows)} rows does not divide into loop.accumulate={accumulate}"
+            f" parts on mesh {dict(mesh.shape)}: it must be a multiple of {ways * accumulate}"
+        )
+
+
 def bytes_per_device(abstract: Any) -> int:
     """Bytes of an abstract tree with shardings on each device."""
     return sum(
@@ -329,11 +384,16 @@ def donated_bytes(compiled: Any) -> int | None:
     return None if stats is None else stats.alias_size_in_bytes
 
 
-def to_device(mesh: jax.sharding.Mesh, local: Any) -> Any:
+def to_device(mesh: jax.sharding.Mesh, local: Any, *, has_length: bool = False) -> Any:
     """Local numpy arrays -> global arrays, the leading axis over the batch axes of the mesh.
 
+    Args:
+        mesh: Where they go.
+        local: A tree of arrays with this process's rows.
+        has_length: The second axis of all of them is the length of a row, for the context axis.
+
     Raises:
-        ValueError: The rows of the global batch do not divide over those axes.
+        ValueError: The rows of the global batch, or their length, do not divide over those axes.
     """
     ways = math.prod(mesh.shape[name] for name in sharding.BATCH_AXES)
     num_rows = len(jax.tree.leaves(local)[0]) * jax.process_count()
@@ -342,6 +402,8 @@ def to_device(mesh: jax.sharding.Mesh, local: Any) -> Any:
             f"a batch of {num_rows} rows does not divide over mesh {dict(mesh.shape)}: it must be a"
             f" multiple of {' x '.join(sharding.BATCH_AXES)} = {ways}"
         )
-    return jax.tree.map(
-        lambda x: sharding.global_rows(mesh, lambda _, rows: x[rows], x.shape), local
-    )
+
+    def place(x):
+        return sharding.global_rows(mesh, lambda _, part: x[part], x.shape, has_length=has_length)
+
+    return jax.tree.map(place, local)

@@ -22,33 +22,32 @@ def chunked_cross_entropy(
     logits_fn: Callable[[jax.Array], jax.Array],
     hidden: Float[Array, "batch length embed"],
     targets: Int[Array, "batch length"],
-    weights: Float[Array, "batch length"],
     chunk: int,
-) -> Float[Array, ""]:
-    """Sum of weights * -log p(target), `chunk` positions of every row at a time.
+) -> Float[Array, "batch length"]:
+    """-log p(target) at every position, float32, `chunk` positions of every row at a time.
 
-    The logits of a chunk, (batch, chunk, vocab) float32, are recomputed in the backward pass.
+    The logits of a chunk, (batch, chunk, vocab) float32, are recomputed in the backward pass. A
+    chunk takes positions from all over the row: where the mesh splits the length, every device
+    has a share of each.
     """
     batch, length, embed = hidden.shape
     chunk = min(chunk, length)
-    pad = -length % chunk
-    num_chunks = (length + pad) // chunk
+    num_chunks = -(-length // chunk)
+    pad = num_chunks * chunk - length
 
     def split(x):  # (batch, length, ...) -> (chunks, batch, chunk, ...)
         x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, num_chunks, chunk, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(batch, chunk, num_chunks, *x.shape[2:]), 2, 0)
 
     @jax.checkpoint
-    def body(total, xs):
-        h, target, weight = xs
+    def body(_, xs):
+        h, target = xs
         logits = logits_fn(h).astype(jnp.float32)
         picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-        losses = jax.nn.logsumexp(logits, axis=-1) - picked
-        return total + jnp.sum(weight * losses), None
+        return None, jax.nn.logsumexp(logits, axis=-1) - picked
 
-    start = jnp.zeros((), jnp.float32)
-    total, _ = lax.scan(body, start, (split(hidden), split(targets), split(weights)))
-    return total
+    _, errors = lax.scan(body, None, (split(hidden), split(targets)))
+    return jnp.moveaxis(errors, 0, 2).reshape(batch, chunk * num_chunks)[:, :length]
 
 
 def next_position(x: Shaped[Array, "batch length"]) -> Shaped[Array, "batch length"]:
@@ -74,13 +73,32 @@ def flow_matching_error(
     tokens: Float[Array, "batch n token"],
     times: Float[Array, "draws batch n"],
     noise: Float[Array, "draws batch n token"],
-) -> Float[Array, "batch n"]:
-    """Mean over draws and values of |v(x_t, t, condition) - (x - noise)|^2, float32."""
-    x = jnp.broadcast_to(tokens.astype(jnp.float32), noise.shape)
-    noisy = path.interpolate(x, noise, times)
-    conditions = jnp.broadcast_to(conditions, (times.shape[0], *conditions.shape))
-    error = velocity_fn(noisy, times, conditions) - path.velocity_target(x, noise)
-    return jnp.mean(jnp.square(error.astype(jnp.float32)), axis=(0, -1))
+    *,
+    one_by_one: bool = False,
+) -> Float[Array, "draws batch n"]:
+    """Mean over values of |v(x_t, t, condition) - (x - noise)|^2 for every draw, float32.
+
+    Args:
+        velocity_fn: (noisy tokens, times, conditions) -> velocities.
+        conditions: Of each position, for all its draws.
+        tokens: Image tokens.
+        times: In [0, 1].
+        noise: What they are mixed with.
+        one_by_one: One draw after another, each recomputed in the backward pass: the same numbers
+            from a fraction of the memory.
+    """
+    tokens = tokens.astype(jnp.float32)
+
+    def of_draws(times, noise, conditions):
+        x = jnp.broadcast_to(tokens, noise.shape)
+        error = velocity_fn(path.interpolate(x, noise, times), times, conditions)
+        error = error - path.velocity_target(x, noise)
+        return jnp.mean(jnp.square(error.astype(jnp.float32)), axis=-1)
+
+    if one_by_one:
+        of_draw = jax.checkpoint(lambda draw: of_draws(*draw, conditions))
+        return lax.map(of_draw, (times, noise))
+    return of_draws(times, noise, jnp.broadcast_to(conditions, (len(times), *conditions.shape)))
 
 
 def weighted_mean(total: Float[Array, ""], weights: Float[Array, "..."]) -> Float[Array, ""]:

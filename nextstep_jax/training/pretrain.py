@@ -25,8 +25,10 @@ from nextstep_jax.data.pipeline import (
 )
 from nextstep_jax.data.text_tokenizer import TextTokenizer
 from nextstep_jax.flow.path import logit_normal_times
+from nextstep_jax.models.layers import constrain
 from nextstep_jax.models.nextstep import NextStep, init_params
 from nextstep_jax.models.vae import VAE
+from nextstep_jax.parallel import sharding
 from nextstep_jax.training.batch_encoding import BatchEncoder
 from nextstep_jax.training.loop import to_device
 from nextstep_jax.training.losses import (
@@ -36,8 +38,13 @@ from nextstep_jax.training.losses import (
     next_position,
     weighted_mean,
 )
+from nextstep_jax.training.state import Mean
 
 Batch = Mapping[str, Any]
+
+
+# Image positions of a row are rounded up to this, so that a mesh can split them. Ours.
+_POSITIONS_MULTIPLE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +57,8 @@ class LossConfig:
         text_chunk: Positions of a row whose logits exist at one time. Ours: memory against speed.
         image_positions: Image positions gathered from a row. None gathers as many as a row may
             hold: `data.max_image_tokens`, or the whole row without such a limit. Ours.
+        draws_one_by_one: The flow head takes the draws of a token one after another and computes
+            them again in the backward pass. Ours: memory against speed.
         images_per_encode: Images of pixels that a device encodes at once; see `BatchEncoder`.
             Ours.
     """
@@ -58,7 +67,69 @@ class LossConfig:
     image_weight: float = 1.0
     text_chunk: int = 512
     image_positions: int | None = None
+    draws_one_by_one: bool = False
     images_per_encode: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class PositionLosses:
+    """What every position of packed rows contributes, float32.
+
+    Attributes:
+        text: (batch, length), the cross-entropy of predicting what stands at position p + 1.
+        text_weights: (batch, length), its weight.
+        image: (draws, batch, n), the flow-matching error of the gathered image positions.
+        image_weights: (batch, n), its weight; 0 where a row has fewer.
+        order: (batch, n), where the gathered positions stand in their row.
+    """
+
+    text: jax.Array
+    text_weights: jax.Array
+    image: jax.Array
+    image_weights: jax.Array
+    order: jax.Array
+
+
+def position_losses(
+    model: NextStep,
+    params: Any,
+    batch: Batch,
+    times: Float[Array, "draws batch n"],
+    noise: Float[Array, "draws batch n token"],
+    config: LossConfig,
+) -> PositionLosses:
+    """Cross-entropy and flow-matching error of packed rows, position by position.
+
+    Args:
+        model: The model.
+        params: Its parameters.
+        batch: token_ids, latents, segment_ids, positions, text_weights, image_weights.
+        times: The times of every gathered position.
+        noise: The noise they are mixed with.
+        config: Sizes of the pieces.
+    """
+
+    def apply(method, *args):
+        return model.apply({"params": params}, *args, method=method)
+
+    rows = (batch["token_ids"], batch["latents"], batch["positions"], batch["segment_ids"])
+    hidden = apply("hidden", *rows)
+    targets = next_position(batch["token_ids"])
+    text = chunked_cross_entropy(
+        lambda h: apply("text_logits", h), hidden, targets, config.text_chunk
+    )
+    order, weights = gather_image_positions(batch["image_weights"], times.shape[-1])
+    # The hidden state before an image token is its condition.
+    before = jnp.take_along_axis(hidden, jnp.maximum(order - 1, 0)[..., None], axis=1)
+    image = flow_matching_error(
+        lambda x, t, c: apply("velocity", x, t, c),
+        apply("condition", constrain(before, "act_batch", "act_len", "act_embed")),
+        jnp.take_along_axis(batch["latents"], order[..., None], axis=1),
+        times,
+        noise,
+        one_by_one=config.draws_one_by_one,
+    )
+    return PositionLosses(text, next_position(batch["text_weights"]), image, weights, order)
 
 
 def nextstep_losses(
@@ -74,39 +145,113 @@ def nextstep_losses(
     Args:
         model: The model.
         params: Its parameters.
-        batch: token_ids, latents, segment_ids, positions, text_weights, image_weights.
-        times: The times of every gathered position.
-        noise: The noise they are mixed with.
+        batch: See `position_losses`.
+        times: See `position_losses`.
+        noise: See `position_losses`.
         chunk: See `LossConfig.text_chunk`.
 
     Returns:
         Float32; a kind of token that the batch does not have gives 0.
     """
+    config = LossConfig(text_chunk=chunk)
+    parts = position_losses(model, params, batch, times, noise, config)
+    text = weighted_mean(jnp.sum(parts.text * parts.text_weights), parts.text_weights)
+    image = jnp.sum(parts.image_weights * jnp.mean(parts.image, axis=0))
+    return text, weighted_mean(image, parts.image_weights)
 
-    def apply(method, *args):
-        return model.apply({"params": params}, *args, method=method)
 
-    rows = (batch["token_ids"], batch["latents"], batch["positions"], batch["segment_ids"])
-    hidden = apply("hidden", *rows)
-    text_total = chunked_cross_entropy(
-        lambda h: apply("text_logits", h),
-        hidden,
-        next_position(batch["token_ids"]),
-        next_position(batch["text_weights"]),
-        chunk,
-    )
-    order, weights = gather_image_positions(batch["image_weights"], times.shape[-1])
-    # The hidden state before an image token is its condition.
-    before = jnp.take_along_axis(hidden, jnp.maximum(order - 1, 0)[..., None], axis=1)
-    error = flow_matching_error(
-        lambda x, t, c: apply("velocity", x, t, c),
-        apply("condition", before),
-        jnp.take_along_axis(batch["latents"], order[..., None], axis=1),
-        times,
-        noise,
-    )
-    text_loss = weighted_mean(text_total, batch["text_weights"][:, 1:])
-    return text_loss, weighted_mean(jnp.sum(weights * error), weights)
+class NextStepObjective:
+    """The loss of the unified model over packed rows; knows neither data nor image tokenizer.
+
+    Attributes:
+        model: The model.
+        loss_config: Weights and sizes.
+        num_positions: Image positions gathered from a row.
+    """
+
+    def __init__(self, model: NextStep, config: LossConfig, row_length: int, max_image_tokens: int):
+        """Takes what a row may hold.
+
+        Raises:
+            ValueError: A row could hold more image tokens than `config.image_positions`, and the
+                rest would silently not be trained.
+        """
+        gathered = config.image_positions
+        if gathered is not None and gathered < max_image_tokens:
+            raise ValueError(
+                f"loss.image_positions={gathered}, but a row of data.row_length={row_length}"
+                f" with this data.max_image_tokens can hold {max_image_tokens} image"
+                f" tokens: image_positions must be at least {max_image_tokens}, or None"
+            )
+        wanted = gathered or max_image_tokens
+        rounded = -(-wanted // _POSITIONS_MULTIPLE) * _POSITIONS_MULTIPLE
+        self.model, self.loss_config = model, config
+        self.num_positions = min(rounded, row_length)
+
+    def init_params(self, key: Key[Array, ""]) -> Any:
+        """Published initialisers; boxed with the logical axes."""
+        return init_params(self.model, key)
+
+    def abstract_batch(self, mesh: jax.sharding.Mesh, rows: int, length: int) -> Batch:
+        """Shapes, dtypes and shardings of a global batch, for compiling without data."""
+        here = sharding.batch_sharding(mesh, has_length=True)
+
+        def leaf(dtype, *more):
+            return jax.ShapeDtypeStruct((rows, length, *more), dtype, sharding=here)
+
+        return {
+            **{name: leaf(jnp.int32) for name in ("token_ids", "segment_ids", "positions")},
+            **{name: leaf(jnp.float32) for name in ("text_weights", "image_weights")},
+            "kinds": leaf(jnp.int8),
+            "latents": leaf(jnp.float32, self.model.config.token_dim),
+        }
+
+    def draw(self, batch: Batch, key: Key[Array, ""]) -> Batch:
+        """Adds times, noise and the sums of weights of the whole batch; see `DrawFn`.
+
+        times (batch, draws, n) and noise (batch, draws, n, token), rows first, do not depend on
+        the parts that a step may cut the batch into.
+        """
+        rows, draws = len(batch["token_ids"]), self.model.config.flow_head.draws_per_token
+        shape = (rows, draws, self.num_positions)
+        time_key, noise_key = jax.random.split(key)
+        return {
+            **batch,
+            "times": logit_normal_times(time_key, shape),
+            "noise": jax.random.normal(noise_key, (*shape, self.model.config.token_dim)),
+            "text_total": jnp.sum(batch["text_weights"][:, 1:]),
+            "image_total": jnp.sum(batch["image_weights"]),
+        }
+
+    def loss(
+        self, params: Any, batch: Batch, key: Key[Array, ""]
+    ) -> tuple[Float[Array, ""], dict[str, Any]]:
+        """w_text * L_text + w_image * L_image of a batch or a part of one, and what to log.
+
+        Args:
+            params: The model's parameters.
+            batch: As `draw` returns it, or a part of that; `draw` is called on another.
+            key: For `draw`.
+        """
+        if "times" not in batch:
+            batch = self.draw(batch, key)
+        times, noise = (jnp.moveaxis(batch[name], 1, 0) for name in ("times", "noise"))
+        parts = position_losses(self.model, params, batch, times, noise, self.loss_config)
+        text = jnp.sum(parts.text * parts.text_weights)
+        image = jnp.sum(parts.image_weights * jnp.mean(parts.image, axis=0))
+        padding = (batch["segment_ids"] == 0).astype(jnp.float32)
+        loss = self.loss_config.text_weight * _share(text, batch["text_total"])
+        loss = loss + self.loss_config.image_weight * _share(image, batch["image_total"])
+        return loss, {
+            "text_loss": Mean(text, jnp.sum(parts.text_weights)),
+            "image_loss": Mean(image, jnp.sum(parts.image_weights)),
+            "padding": Mean(jnp.sum(padding), jnp.float32(padding.size)),
+        }
+
+
+def _share(total: Float[Array, ""], weight: Float[Array, ""]) -> Float[Array, ""]:
+    """total / weight, 0 where nothing is weighted."""
+    return total / jnp.where(weight > 0, weight, 1.0)
 
 
 def tree_digest(tree: Any) -> str:
@@ -117,7 +262,7 @@ def tree_digest(tree: Any) -> str:
     return digest.hexdigest()
 
 
-class NextStepTask:
+class NextStepTask(NextStepObjective):
     """Training of the unified model, for `training.loop`."""
 
     name = "model"
@@ -140,37 +285,27 @@ class NextStepTask:
                 rest would silently not be trained.
         """
         layout_of(data, model.config)
-        most, gathered = data.max_image_tokens or data.row_length, loss.image_positions
-        if gathered is not None and gathered < most:
-            raise ValueError(
-                f"loss.image_positions={gathered}, but a row of data.row_length={data.row_length}"
-                f" with data.max_image_tokens={data.max_image_tokens} can hold {most} image"
-                f" tokens: image_positions must be at least {most}, or None"
-            )
-        self._num_positions = min(gathered or most, data.row_length)
+        most = min(data.max_image_tokens or data.row_length, data.row_length)
+        super().__init__(model, loss, data.row_length, most)
+        self._data = data
         self.config = config
         self.fingerprint = {
             **pipeline_fingerprint(data, sources, tokenizer, model.config),
             # Other weights give other tokens: as much part of the data as the pixels.
             "image_tokenizer": tree_digest(vae_params),
         }
-        self._model, self._data, self._loss = model, data, loss
         self._sources, self._tokenizer = sources, tokenizer
         self._encoder = None
         if vae is not None:
             args = (model.config.patch_size, loss.images_per_encode)
             self._encoder = BatchEncoder(vae, vae_params, *args)
 
-    def init_params(self, key: Key[Array, ""]) -> Any:
-        """Published initialisers."""
-        return init_params(self._model, key)
-
     def dataset(self, process_index: int, process_count: int) -> Any:
         """Packed rows of the mixture."""
         return make_pipeline(
             self._sources,
             self._tokenizer,
-            self._model.config,
+            self.model.config,
             self._data,
             process_index,
             process_count,
@@ -178,27 +313,12 @@ class NextStepTask:
 
     def place(self, mesh: jax.sharding.Mesh, local: Batch) -> Batch:
         """On the devices, with latents in place of pixels."""
-        on_host = ("images", "image_slots", "kinds", "document_ids")
-        batch = to_device(mesh, {k: v for k, v in local.items() if k not in on_host})
+        on_host = ("images", "image_slots", "document_ids")
+        rows = {k: v for k, v in local.items() if k not in on_host}
+        batch = to_device(mesh, rows, has_length=True)
         if "images" not in local:
             return batch
         return {**batch, "latents": self._encoder(mesh, local)}
-
-    def loss(
-        self, params: Any, batch: Batch, key: Key[Array, ""]
-    ) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
-        """w_text * L_text + w_image * L_image and its parts."""
-        rows = len(batch["token_ids"])
-        shape = (self._model.config.flow_head.draws_per_token, rows, self._num_positions)
-        time_key, noise_key = jax.random.split(key)
-        times = logit_normal_times(time_key, shape)
-        noise = jax.random.normal(noise_key, (*shape, self._model.config.token_dim))
-        text, image = nextstep_losses(
-            self._model, params, batch, times, noise, self._loss.text_chunk
-        )
-        loss = self._loss.text_weight * text + self._loss.image_weight * image
-        padding = jnp.mean((batch["segment_ids"] == 0).astype(jnp.float32))
-        return loss, {"text_loss": text, "image_loss": image, "padding": padding}
 
     def num_samples(self, batch: Batch) -> int:
         """Documents in the local part of a batch, over all processes."""

@@ -4,6 +4,7 @@ Reading a metric waits for the device. The numbers of a step are read when the n
 sent, so that the device never waits for the host.
 """
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -73,6 +74,8 @@ class Pending:
         step, metrics, extra = entry
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         check_finite(step, values)
+        # What the batch had nothing of, such as a kind of document.
+        values = {name: value for name, value in values.items() if not math.isnan(value)}
         if self._is_logged(step):
             # Lines count updates from 0, as the state did when the step began.
             self._writer.write(step - 1, {**values, **extra})

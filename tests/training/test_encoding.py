@@ -412,7 +412,7 @@ def losses(make_config, tokenizer, vae, fill, tmp_path_factory):
         tasks[dtype] = make(records, latents=True)
 
     task = tasks["pixels"][0]
-    boxed = jax.eval_shape(lambda key: init_params(task._model, key), jax.random.key(0))
+    boxed = jax.eval_shape(lambda key: init_params(task.model, key), jax.random.key(0))
     params = jax.tree.map(jnp.asarray, fill(nn.unbox(boxed)))
 
     @fast_jit

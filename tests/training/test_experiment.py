@@ -150,7 +150,7 @@ def test_task_has_the_config(make_task, make_config):
     task, loop = make_task(loop={"num_steps": 3})
     assert task.config == make_config(loop={"num_steps": 3})
     assert loop.num_steps == 3
-    assert task._model.dtype == jnp.float32
+    assert task.model.dtype == jnp.float32
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,8 @@ def text():
 
 
 def chunked(hidden, kernel, text, chunk):
-    return losses.chunked_cross_entropy(
-        lambda h: h @ kernel, hidden, text["targets"], text["weights"], chunk
-    )
+    errors = losses.chunked_cross_entropy(lambda h: h @ kernel, hidden, text["targets"], chunk)
+    return jnp.sum(text["weights"] * errors)
 
 
 def plain(hidden, kernel, text):
@@ -89,7 +88,7 @@ def test_gather_image_positions_keeps_the_order():
     np.testing.assert_array_equal(whole[:, :4], order)
 
 
-def test_flow_matching_error_is_the_formula():
+def test_flow_matching_error_is_the_formula(relative_error):
     rng = np.random.default_rng(1)
     draws, batch, n, token, embed = 3, 2, 5, 4, 6
     tokens, noise = rng.standard_normal((batch, n, token)), rng.standard_normal((3, 2, 5, 4))
@@ -99,17 +98,27 @@ def test_flow_matching_error_is_the_formula():
     def velocity(x, t, c):  # any function of all three will do
         return jnp.tanh(x) + t[..., None] * of_time + c @ matrix
 
-    error = losses.flow_matching_error(
-        velocity, *(jnp.asarray(a, jnp.float32) for a in (conditions, tokens, times, noise))
-    )
-    expected = np.zeros((batch, n))
+    args = [jnp.asarray(a, jnp.float32) for a in (conditions, tokens, times, noise)]
+    error = losses.flow_matching_error(velocity, *args)
+    expected = np.zeros((draws, batch, n))
     for d in range(draws):
         for b in range(batch):
             for i in range(n):
                 t, x, e = times[d, b, i], tokens[b, i], noise[d, b, i]
                 v = np.tanh(t * x + (1 - t) * e) + t * of_time + conditions[b, i] @ matrix
-                expected[b, i] += ((v - (x - e)) ** 2).mean() / draws
+                expected[d, b, i] = ((v - (x - e)) ** 2).mean()
     assert np.abs(error / expected - 1).max() < 2e-6
+
+    def total(one_by_one):
+        def of(conditions):
+            args[0] = conditions
+            return jnp.sum(losses.flow_matching_error(velocity, *args, one_by_one=one_by_one))
+
+        return jax.value_and_grad(of)(jnp.asarray(conditions, jnp.float32))
+
+    (whole, grads), (parts, part_grads) = total(False), total(True)
+    assert float(parts) == pytest.approx(float(whole), rel=1e-6)
+    assert relative_error(part_grads, grads) < 1e-6
 
 
 def test_a_perfect_velocity_has_no_error():
@@ -117,7 +126,7 @@ def test_a_perfect_velocity_has_no_error():
     error = losses.flow_matching_error(
         lambda x, t, c: jnp.ones_like(x), jnp.zeros((1, 2, 5)), x, jnp.zeros((2, 1, 2)), noise
     )
-    np.testing.assert_array_equal(error, [[0.0, 0.0]])
+    np.testing.assert_array_equal(error, np.zeros((2, 1, 2)))
 
 
 def test_weighted_mean():

@@ -137,7 +137,7 @@ def test_gathering_positions_changes_nothing(net, relative_error):
 def test_loss_weights(make_task, fill):
     """0.01 and 1, and the times and noises that the key gives."""
     task, _ = make_task()
-    model = task._model
+    model = task.model
     boxed = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     params = fill(nn.unbox(boxed))
     iterator = iter(task.dataset(0, 1))
@@ -147,6 +147,7 @@ def test_loss_weights(make_task, fill):
     is_image = batch["token_ids"] == model.config.image_placeholder_id
     batch["latents"] = jnp.where(is_image[..., None], latents, 0)
     loss, metrics = fast_jit(task.loss)(params, batch, jax.random.key(6))
+    metrics = {name: mean.value() for name, mean in metrics.items()}
     text, image = float(metrics["text_loss"]), float(metrics["image_loss"])
     assert float(loss) == pytest.approx(0.01 * text + image, rel=1e-6)
     # Close to chance for 272 ids; a random head misses x - noise, of variance 2, and adds its own.
@@ -154,7 +155,7 @@ def test_loss_weights(make_task, fill):
     assert image > 1.5
     padding = packing.padding_share({k: np.asarray(v) for k, v in batch.items()})
     assert float(metrics["padding"]) == pytest.approx(padding, rel=1e-6)
-    assert LossConfig() == LossConfig(0.01, 1.0, 512, None)
+    assert LossConfig() == LossConfig(0.01, 1.0, 512, None, False)
 
 
 @pytest.mark.parametrize(("num_devices", "group_size"), [(1, 2), (4, 1)])
@@ -205,13 +206,13 @@ def test_a_batch_on_eight_devices(make_task, devices):
         mesh = make_mesh({"fsdp": number}, devices[:number])
         with jax.transfer_guard("disallow"):
             batch = task.place(mesh, local)
-        on_host = {"images", "image_slots", "kinds", "document_ids"}
+        on_host = {"images", "image_slots", "document_ids"}
         assert set(batch) == {*local, "latents"} - on_host
         assert len(batch["latents"].sharding.device_set) == number
         assert {s.data.shape[0] for s in batch["latents"].addressable_shards} == {8 // number}
         results.append(np.asarray(batch["latents"]))
     np.testing.assert_allclose(results[0], results[1], atol=2e-5)
-    is_image = local["token_ids"] == task._model.config.image_placeholder_id
+    is_image = local["token_ids"] == task.model.config.image_placeholder_id
     assert (np.abs(results[0]).max(-1) > 0).tolist() == is_image.tolist()
     # Latents from disk need no encoder.
     stored = {k: v for k, v in local.items() if not k.startswith("image")}

@@ -236,7 +236,7 @@ def test_perceptual_terms(vae, perceptual):
     images = small_images(2)
     batch = {"images": images}
     if perceptual == "vgg":
-        mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), AXES)
         batch = task.prepare({"images": jax.device_put(images, replicated(mesh))})
         assert float(batch["perceptual"]["weight"]) == 0.5
     loss, metrics = fast_jit(task.loss)(vae.params, batch, jax.random.key(0))
