@@ -41,7 +41,7 @@ from nextstep_jax.training.checkpoint import (
 )
 
 MODEL_JSON = "model.json"
-_TOKENIZER = "tokenizer.json"
+TOKENIZER_JSON = "tokenizer.json"
 _FORMAT = 1
 VAE_JSON = "vae.json"
 
@@ -78,14 +78,19 @@ def write_model_directory(
     sampling: dict[str, Any],
     params: Any = None,
 ) -> None:
-    """Writes all but the checkpoints; `model.json` comes last, so that it marks a whole folder."""
+    """Writes all but the checkpoints; `model.json` comes last, so that it marks a whole folder.
+
+    Of several processes all call it, and process 0 writes.
+    """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    if tokenizer is not None:
-        tokenizer.save(directory / _TOKENIZER)
+    if tokenizer is not None and jax.process_index() == 0:
+        tokenizer.save(directory / TOKENIZER_JSON)
     save_tree(directory / "vae", vae_params)
     if params is not None:
         save_tree(directory / "params", params)
+    if jax.process_index() != 0:
+        return
     values = {
         "format": _FORMAT,
         "model": to_dict(config),
@@ -121,8 +126,8 @@ def read_model_directory(
     sampling = _parse(path, "sampling", dict, values)
     tokenizer = None
     # Only a checkpoint that was converted without one may lack it.
-    if (directory / _TOKENIZER).is_file() or not (directory / "published").is_dir():
-        tokenizer = TextTokenizer.from_file(directory / _TOKENIZER)
+    if (directory / TOKENIZER_JSON).is_file() or not (directory / "published").is_dir():
+        tokenizer = TextTokenizer.from_file(directory / TOKENIZER_JSON)
         tokenizer.check(config)
     stored = open_params(directory)
     abstract = _placed(stored.abstract, config, dtype, mesh)
@@ -218,7 +223,9 @@ def _parse(path: pathlib.Path, key: str, make: Callable[[Any], Any], values: dic
 
 
 def write_vae_config(directory: pathlib.Path, config: VAEConfig) -> None:
-    """Marks the workdir of a tokenizer's training with what is trained there."""
+    """Marks the workdir of a tokenizer's training with what is trained there; process 0 does."""
+    if jax.process_index() != 0:
+        return
     pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
     path = pathlib.Path(directory) / VAE_JSON
     path.write_text(json.dumps(to_dict(config), indent=2) + "\n")

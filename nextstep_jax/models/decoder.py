@@ -8,7 +8,7 @@ two parameter trees.
 Axes: batch, length, embed; see `layers.py` for the logical names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,7 +24,12 @@ from nextstep_jax.models.config import DecoderConfig
 from nextstep_jax.models.layers import Dense, RMSNorm, constrain, gated_mlp, rope
 
 LAYERS = "layers"  # key of the stacked parameters
-# "none" keeps every activation; the others are names in jax.checkpoint_policies.
+# What a policy may name: results inside a block that the backward pass reads.
+REMAT_SITES = (
+    *("block_input", "q_proj", "k_proj", "v_proj", "attention"),
+    *("gate_proj", "up_proj", "mlp"),
+)
+# Besides these, `remat_policy` reads "save:SITE,..." and "offload:SITE,...".
 REMAT_POLICIES = ("none", "nothing_saveable", "dots_with_no_batch_dims_saveable")
 
 
@@ -80,8 +85,10 @@ class MLP(nn.Module):
         def layer(name, features, axes):
             return Dense(features, axes, c.mlp_bias, _normal(c), self.dtype, name=name)
 
-        gate = layer("gate_proj", c.mlp_dim, ("embed", "mlp"))(x)
-        up = layer("up_proj", c.mlp_dim, ("embed", "mlp"))(x)
+        def hidden(name):
+            return checkpoint_name(layer(name, c.mlp_dim, ("embed", "mlp"))(x), name)
+
+        gate, up = hidden("gate_proj"), hidden("up_proj")
         h = checkpoint_name(gated_mlp(gate, up), "mlp")
         h = constrain(h, "act_batch", "act_len", "act_mlp")
         return layer("down_proj", c.embed_dim, ("mlp", "embed"))(h)
@@ -105,6 +112,7 @@ class Block(nn.Module):
         """Adds attention and MLP to the residual stream."""
         c = self.config
         x = constrain(x, "act_batch", "act_len", "act_embed")
+        x = checkpoint_name(x, "block_input")
         attn = Attention(c, self.dtype, self.implementation, name="attn")
         y, cache = attn(RMSNorm(c.rms_norm_eps, name="input_norm")(x), positions, segments, cache)
         x = x + y
@@ -122,7 +130,7 @@ class Decoder(nn.Module):
         implementation: Attention kernel, see `attention.attend`.
         scan_layers: Parameters stacked on a leading axis `layers` and one scanned block; or one
             set of parameters a layer (`layers_0`, ...) and unrolled code, which a cache needs.
-        remat: What the backward pass keeps, one of `REMAT_POLICIES`.
+        remat: What the backward pass keeps; see `remat_policy`.
     """
 
     config: DecoderConfig
@@ -176,14 +184,47 @@ def _normal(config: DecoderConfig):
     return nn.initializers.normal(config.initializer_range)
 
 
-def _remat(block_cls: type[nn.Module], policy: str, scanned: bool) -> type[nn.Module]:
-    if policy not in REMAT_POLICIES:
-        raise ValueError(f"remat={policy!r} is unknown; choose from {list(REMAT_POLICIES)}")
-    if policy == "none":
+def remat_policy(text: str) -> Callable[..., Any] | None:
+    """What the backward pass of a block keeps of the forward pass; the rest is computed again.
+
+    Args:
+        text: "none" keeps everything; another of `REMAT_POLICIES` is jax's of that name; or parts
+            like "save:attention,q_proj" and "offload:block_input", joined by a space: what is kept
+            on the device, and in the host's memory, by `REMAT_SITES`.
+
+    Returns:
+        A policy of `jax.checkpoint`, or None for "none".
+
+    Raises:
+        ValueError: Something else is written.
+    """
+    if text in REMAT_POLICIES:
+        return None if text == "none" else getattr(jax.checkpoint_policies, text)
+    sites = {"save": [], "offload": []}
+    for part in text.split():
+        verb, _, names = part.partition(":")
+        if verb not in sites or not names or set(names.split(",")) - set(REMAT_SITES):
+            raise ValueError(
+                f"remat={text!r} is unknown; choose from {list(REMAT_POLICIES)}, or name sites as"
+                f" in 'save:attention,q_proj offload:block_input'; sites are {list(REMAT_SITES)}"
+            )
+        sites[verb] += names.split(",")
+    if not sites["offload"]:
+        return jax.checkpoint_policies.save_only_these_names(*sites["save"])
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=sites["save"],
+        names_which_can_be_offloaded=sites["offload"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+
+def _remat(block_cls: type[nn.Module], text: str, scanned: bool) -> type[nn.Module]:
+    policy = remat_policy(text)
+    if policy is None:
         return block_cls
-    chosen = getattr(jax.checkpoint_policies, policy)
     # Inside a scan the loop itself keeps the compiler from undoing the rematerialisation.
-    return nn.remat(block_cls, policy=chosen, prevent_cse=not scanned)
+    return nn.remat(block_cls, policy=policy, prevent_cse=not scanned)
 
 
 def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:

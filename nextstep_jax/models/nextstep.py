@@ -60,7 +60,8 @@ class NextStep(nn.Module):
         self, token_ids: Int[Array, "batch length"], latents: Float[Array, "batch length token"]
     ) -> Float[Array, "batch length embed"]:
         """Text rows from the table; image tokens projected where the placeholder id stands."""
-        text = jnp.take(self.embed_tokens, token_ids, axis=0).astype(self.dtype)
+        # Cast before the lookup: a sharded table then travels in the dtype of the computation.
+        text = jnp.take(self.embed_tokens.astype(self.dtype), token_ids, axis=0)
         image = self.image_in_proj(latents)
         is_image = token_ids == self.config.image_placeholder_id
         return jnp.where(is_image[..., None], image, text)

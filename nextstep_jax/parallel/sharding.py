@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 # Logical axis -> mesh axes. A mesh axis is used once per array, in the order of this table.
@@ -40,6 +40,8 @@ LENGTH_AXIS = "context"
 # A parameter that every device holds whole is reported from this size on. Ours: the norms and
 # biases of a 14B model, stacked, stay below it.
 _LARGE_BYTES = 8 * 2**20
+# Long lists in a message help nobody.
+_MAX_LISTED = 4
 
 
 def rules() -> Any:
@@ -47,12 +49,12 @@ def rules() -> Any:
     return nn.logical_axis_rules(RULES)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The same value on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh, *, has_length: bool = False) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh, *, has_length: bool = False) -> NamedSharding:
     """The leading axis over the data and fsdp axes, and the length, if any, over context."""
     axes = (BATCH_AXES, LENGTH_AXIS) if has_length else (BATCH_AXES,)
     return NamedSharding(mesh, PartitionSpec(*axes))
@@ -113,7 +115,7 @@ def global_rows(
     return jax.make_array_from_single_device_arrays(whole, target, parts)
 
 
-def tree_shardings(abstract: Any, mesh: Mesh) -> Any:
+def tree_shardings(abstract: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Shardings of an abstract tree whose leaves carry logical names.
 
     Args:
@@ -139,34 +141,38 @@ def tree_shardings(abstract: Any, mesh: Mesh) -> Any:
                 f"{name}: logical axes {unknown} are not in the sharding table {known}"
             )
         spec = nn.logical_to_mesh_axes(leaf.names, RULES)
-        return NamedSharding(mesh, _divisible(name, spec, leaf.value.shape, mesh))
+        fitting = _divisible(spec, leaf.value.shape, mesh)
+        if fitting != spec:
+            whole.append(f"{name} {leaf.value.shape}")
+        return NamedSharding(mesh, fitting)
 
-    return jax.tree_util.tree_map_with_path(
+    whole: list[str] = []
+    shardings = jax.tree_util.tree_map_with_path(
         place, abstract, is_leaf=lambda x: isinstance(x, nn.Partitioned)
     )
+    if whole:
+        more = f" and {len(whole) - _MAX_LISTED} more" if len(whole) > _MAX_LISTED else ""
+        listed = "; ".join(whole[:_MAX_LISTED]) + more
+        logging.warning("mesh %s does not divide %s: not sharded", dict(mesh.shape), listed)
+    return shardings
 
 
 def _path_name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _divisible(name: str, spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Leaves a dimension whole that its mesh axes do not divide, and says so."""
+def _divisible(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+    """The spec without the mesh axes that do not divide their dimension."""
     entries = []
     for size, entry in zip(shape, tuple(spec), strict=True):
         names = (entry,) if isinstance(entry, str) else (entry or ())
         ways = math.prod(mesh.shape[name] for name in names)
-        if size % ways:
-            logging.warning(
-                "%s: dimension %d of %s is not sharded %d ways", name, size, shape, ways
-            )
-            entry = None
-        entries.append(entry)
+        entries.append(None if size % ways else entry)
     return PartitionSpec(*entries)
 
 
 def large_replicated(
-    abstract: Any, mesh: Mesh, least_bytes: int = _LARGE_BYTES
+    abstract: Any, mesh: Mesh | AbstractMesh, least_bytes: int = _LARGE_BYTES
 ) -> list[tuple[str, int]]:
     """Paths and bytes of the large leaves that every device of a mesh with shards would hold whole.
 

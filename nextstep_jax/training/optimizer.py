@@ -17,6 +17,7 @@ from jaxtyping import Array, Int
 
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine")
+_MOMENT_DTYPES = ["float32", "bfloat16"]
 # Root mean square of Adam's updates in units of the learning rate, as Moonlight (arXiv 2502.16982)
 # found it.
 _RMS_OF_ADAM = 0.2
@@ -44,6 +45,10 @@ class OptimizerConfig:
         clip_norm: Largest global norm of the gradient.
         ema_decay: Decay of the moving average of the parameters; 0 keeps none. Ours: no published
             text has one.
+        first_moment_dtype: "float32", or "bfloat16" for half the memory of the first moment. Ours.
+        rate_factors: Groups with a learning rate of their own, as "PATTERN=FACTOR": "decoder/*=0.1"
+            makes the decoder's a tenth. Of several patterns that match, the first counts. The
+            released trainer has such a switch, off by default.
         frozen: Parameters that stay as they are: patterns of paths such as "encoder/*", where *
             also stands for slashes. Neither gradients nor moments of them are kept.
     """
@@ -60,6 +65,8 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     ema_decay: float = 0.0
+    first_moment_dtype: str = "float32"
+    rate_factors: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -70,6 +77,14 @@ class OptimizerConfig:
             raise ValueError(
                 f"schedule={self.schedule!r} is unknown; choose from {list(SCHEDULES)}"
             )
+        if self.first_moment_dtype not in _MOMENT_DTYPES:
+            raise ValueError(
+                f"first_moment_dtype={self.first_moment_dtype!r}; choose from {_MOMENT_DTYPES}"
+            )
+        if self.name == "muon" and (self.rate_factors or self.first_moment_dtype != "float32"):
+            raise ValueError("rate_factors and first_moment_dtype are for name='adamw'")
+        for text in self.rate_factors:
+            _parse_factor(text)
 
 
 def learning_rate_schedule(config: OptimizerConfig) -> Callable[[Any], jax.Array]:
@@ -105,11 +120,22 @@ def _convolutions(params: Any) -> Any:
     return jax.tree.map(lambda leaf: matrix if leaf.ndim == 4 else None, params)
 
 
-def frozen_mask(params: Any, patterns: Sequence[str]) -> Any:
-    """True for the leaves whose path, joined by slashes, matches a pattern.
+def _parse_factor(text: str) -> tuple[str, float]:
+    pattern, _, number = text.rpartition("=")
+    try:
+        factor = float(number)
+    except ValueError:
+        factor = -1.0
+    if not pattern or not 0 <= factor < float("inf"):
+        raise ValueError(f"optimizer.rate_factors: {text!r} must read like 'decoder/*=0.1'")
+    return pattern, factor
+
+
+def _paths(params: Any, patterns: Sequence[str], field: str) -> tuple[list[str], Any]:
+    """Paths of the leaves, joined by slashes, and the structure of the tree.
 
     Raises:
-        ValueError: A pattern matches nothing, or all is frozen.
+        ValueError: A pattern matches nothing.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     paths = [
@@ -120,12 +146,46 @@ def frozen_mask(params: Any, patterns: Sequence[str]) -> Any:
         if not fnmatch.filter(paths, pattern):
             tops = sorted({path.split("/")[0] for path in paths})
             raise ValueError(
-                f"optimizer.frozen: {pattern!r} matches no parameter; they are below {tops}"
+                f"optimizer.{field}: {pattern!r} matches no parameter; they are below {tops}"
             )
+    return paths, tree
+
+
+def frozen_mask(params: Any, patterns: Sequence[str]) -> Any:
+    """True for the leaves whose path, joined by slashes, matches a pattern.
+
+    Raises:
+        ValueError: A pattern matches nothing, or all is frozen.
+    """
+    paths, tree = _paths(params, patterns, "frozen")
     mask = [any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns) for path in paths]
     if all(mask):
         raise ValueError(f"optimizer.frozen={list(patterns)} freezes every parameter")
     return jax.tree.unflatten(tree, mask)
+
+
+def rate_factors(params: Any, texts: Sequence[str]) -> Any:
+    """The factor of every leaf's learning rate; 1 where no pattern matches.
+
+    Raises:
+        ValueError: A pattern matches nothing, or a text is not of the form "PATTERN=FACTOR".
+    """
+    groups = [_parse_factor(text) for text in texts]
+    paths, tree = _paths(params, [pattern for pattern, _ in groups], "rate_factors")
+
+    def factor(path):
+        return next((f for pattern, f in groups if fnmatch.fnmatchcase(path, pattern)), 1.0)
+
+    return jax.tree.unflatten(tree, [factor(path) for path in paths])
+
+
+def _scale_by_factors(texts: Sequence[str]) -> optax.GradientTransformation:
+    """Multiplies the updates of each group."""
+
+    def update(updates, params):
+        return jax.tree.map(lambda factor, u: factor * u, rate_factors(params, texts), updates)
+
+    return optax.stateless(update)
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -156,11 +216,19 @@ def _update(config: OptimizerConfig) -> optax.GradientTransformation:
                 adam_b2=config.beta2,
             ),
         )
+    adam = optax.scale_by_adam(
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.eps,
+        mu_dtype=jnp.dtype(config.first_moment_dtype),
+    )
+    factors = [_scale_by_factors(config.rate_factors)] if config.rate_factors else []
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
+        adam,
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(learning_rate_schedule(config)),
+        *factors,
     )
 
 

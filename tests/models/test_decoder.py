@@ -147,7 +147,7 @@ def test_gradient_is_the_slope_of_the_numpy_forward(tiny, batch, gradients, refe
     assert abs(terms.sum() - slope) < 1e-5 * np.abs(terms).sum()
 
 
-@pytest.mark.parametrize("remat", REMAT_POLICIES[1:])
+@pytest.mark.parametrize("remat", [*REMAT_POLICIES[1:], "save:attention,gate_proj,up_proj"])
 def test_remat_gives_the_same_gradients(remat, gradients):
     actual = gradients(True, remat)
     largest = max(np.abs(g).max() for g in jax.tree.leaves(gradients.plain))
@@ -160,7 +160,8 @@ def test_remat_recomputes_what_it_says(scan_layers, tiny, batch, gradients):
     params = tiny.stacked_params if scan_layers else tiny.layer_params
     blocks = 1 if scan_layers else tiny.config.num_layers  # in the program
     products = {}
-    for remat in REMAT_POLICIES:
+    named = ("save:block_input", "save:attention", "save:q_proj,k_proj,v_proj,gate_proj,up_proj")
+    for remat in (*REMAT_POLICIES, *named):
         grad = gradients.loss_of(Decoder(tiny.config, scan_layers=scan_layers, remat=remat))
         text = jax.jit(grad).lower(params, batch[0]).as_text()
         products[remat] = text.count("stablehlo.dot_general") / blocks
@@ -169,6 +170,9 @@ def test_remat_recomputes_what_it_says(scan_layers, tiny, batch, gradients):
     assert products["none"] == 3 * 9
     assert products["dots_with_no_batch_dims_saveable"] == 3 * 9 + 2
     assert products["nothing_saveable"] == 3 * 9 + 8
+    # The block's input is kept anyway; without the last product of attention, 7 are left; three
+    # and two projections, and the two products of attention behind them.
+    assert [products[name] for name in named] == [3 * 9 + 8, 3 * 9 + 7, 3 * 9 + 3]
 
 
 def test_later_positions_do_not_reach_earlier_ones(tiny, batch):
@@ -252,7 +256,7 @@ def test_a_cache_needs_unrolled_layers(tiny, cached):
 
 def test_unknown_remat_policy_lists_the_known_ones(tiny, batch):
     module = Decoder(tiny.config, remat="some")
-    with pytest.raises(ValueError, match=r"remat='some' is unknown.*'nothing_saveable'"):
+    with pytest.raises(ValueError, match=r"remat='some' is unknown.*'nothing_saveable'.*sites"):
         module.apply({"params": tiny.stacked_params}, *batch[:2], Segments.of_row(batch[2]))
 
 

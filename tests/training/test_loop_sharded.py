@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from nextstep_jax.parallel import sharding
+from nextstep_jax.parallel.mesh import make_mesh
 from nextstep_jax.training import loop
 from nextstep_jax.training.checkpoint import Checkpoint, CheckpointStore, Clock
 from nextstep_jax.training.state import init_state, make_train_step
@@ -18,6 +19,13 @@ from nextstep_jax.training.state import init_state, make_train_step
 DATA, FSDP, ALL = {"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}
 # Every step is a compilation of some ten seconds.
 MESHES = [DATA, FSDP, ALL, pytest.param({"fsdp": 2, "tensor": 4}, marks=pytest.mark.slow)]
+# For the numbers alone.
+MORE_MESHES = [
+    {"data": 2, "fsdp": 4},
+    {"fsdp": 4, "tensor": 2},
+    {"fsdp": 2, "context": 4},
+    {"data": 2, "context": 2, "tensor": 2},
+]
 
 
 # Half the time to compile, and nobody runs these programs for long.
@@ -50,7 +58,8 @@ def start(make_task, fill):
             return jax.device_put(state, setup.shardings)
 
         with jax.set_mesh(setup.mesh):
-            on_device = [loop.to_device(setup.mesh, batch) for batch in batches]
+            place = functools.partial(loop.to_device, setup.mesh, has_length=True)
+            on_device = [place(batch) for batch in batches]
             lowered = setup.step.lower(setup.abstract, on_device[0])
         return types.SimpleNamespace(
             task=task,
@@ -72,7 +81,7 @@ def with_latents(batch):
     is_image = np.zeros(shape, bool)
     for slots in batch["image_slots"].values():
         is_image.reshape(-1)[slots] = True
-    rest = {k: v for k, v in batch.items() if isinstance(v, np.ndarray) and k != "kinds"}
+    rest = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
     return {**rest, "latents": np.float32(np.where(is_image[..., None], tokens, 0))}
 
 
@@ -92,7 +101,7 @@ def two_steps(run):
     return results
 
 
-@pytest.mark.parametrize("axes", MESHES, ids=str)
+@pytest.mark.parametrize("axes", [*MESHES, *MORE_MESHES], ids=str)
 def test_sharded_is_single_device(start, single, axes, relative_error):
     """Loss, gradients (the first moment) and the updated state."""
     run = start(axes)
@@ -143,6 +152,19 @@ def test_batches_are_split(start, axes):
     for name in ("token_ids", "latents"):
         shapes = {s.data.shape[0] for s in run.batches[0][name].addressable_shards}
         assert shapes == {rows}, name
+
+
+def test_rows_and_their_length_are_split(devices):
+    """Each device has its own part of both, in the order of the mesh."""
+    mesh = make_mesh({"fsdp": 2, "context": 4}, devices)
+    ids = np.arange(4 * 12).reshape(4, 12)
+    whole = loop.to_device(mesh, {"ids": ids}, has_length=True)["ids"]
+    for place, device in np.ndenumerate(mesh.devices[0, :, :, 0]):
+        (shard,) = (s for s in whole.addressable_shards if s.device == device)
+        rows, columns = slice(2 * place[0], 2 * place[0] + 2), slice(3 * place[1], 3 * place[1] + 3)
+        np.testing.assert_array_equal(shard.data, ids[rows, columns])
+    with pytest.raises(ValueError, match=r"rows of length 12 .* 'context' of 8"):
+        loop.to_device(make_mesh({"context": 8}, devices), {"ids": ids}, has_length=True)
 
 
 def num_constraints(text):
@@ -224,3 +246,59 @@ def test_rows_that_do_not_divide_are_refused(start):
     local = {"token_ids": np.zeros((6, 4), np.int32)}
     with pytest.raises(ValueError, match=r"batch of 6 rows .*'fsdp': 8.* multiple of .* = 8"):
         loop.to_device(setup.mesh, local)
+
+
+def test_parts_of_a_batch_add_up_to_it(start, make_task, relative_error):
+    """Two parts of four rows on a mesh: loss, metrics and updated state are those of the batch."""
+    whole = start({"fsdp": 2, "context": 4})
+    changes = {"mesh": {"fsdp": 2, "context": 4}, "accumulate": 2}
+    task, config = make_task(loop=changes, optimizer={"ema_decay": 0.0, "eps": 1e-6})
+    setup = loop.set_up(task, config, jax.devices("cpu"))
+    with jax.set_mesh(setup.mesh):
+        lowered = setup.step.lower(setup.abstract, whole.batches[0])
+        state, metrics = lowered.compile(compiler_options=COMPILER)(whole.fresh(), whole.batches[0])
+    expected, expected_metrics = whole.compiled(whole.fresh(), whole.batches[0])
+    assert set(metrics) == set(expected_metrics)
+    for name, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+    assert relative_error(moments(jax.device_get(state)), moments(jax.device_get(expected))) < 1e-5
+    # One gradient is held and added to; a second batch of activations is not.
+    assert loop.donated_bytes(whole.compiled) >= loop.bytes_per_device(setup.abstract)
+
+
+def test_a_batch_that_cannot_be_cut_is_refused(devices):
+    mesh = make_mesh({"fsdp": 4}, devices[:4])
+    loop._check_parts({"ids": np.zeros((16, 2))}, mesh, 4)
+    with pytest.raises(ValueError, match=r"\[8\] rows .* loop.accumulate=4 .* multiple of 16"):
+        loop._check_parts({"ids": np.zeros((8, 2))}, mesh, 4)
+
+
+def test_large_parameters_that_stay_whole_are_reported(make_task, caplog, devices):
+    """A width of 36 that eight devices do not divide."""
+    model = {"decoder": {"embed_dim": 36, "vocab_size": 512, "num_layers": 2}}
+    task, config = make_task(model=model, loop={"mesh": {"fsdp": 8}})
+    with caplog.at_level(logging.WARNING):
+        setup = loop.set_up(task, config, devices)
+    (first,) = [record.getMessage() for record in caplog.records]
+    assert re.search(
+        r"'fsdp': 8.* does not divide params/decoder/layers/attn/k_proj/kernel "
+        r"\(2, 36, 64\); .* and \d+ more: not sharded",
+        first,
+    )
+    table = 4 * 512 * 36
+    found = sharding.large_replicated(setup.abstract.params, setup.mesh, table)
+    assert [one for one in found if one[1] == table] == [
+        ("embed_tokens", table),
+        ("lm_head/kernel", table),
+    ]
+    assert all(size >= table for _, size in found)
+    caplog.clear()
+    wide = {
+        "w": jax.ShapeDtypeStruct((9, 2**20), np.float32, sharding=sharding.replicated(setup.mesh))
+    }
+    loop._report_replicated(types.SimpleNamespace(params=wide), setup.mesh)
+    (second,) = [record.getMessage() for record in caplog.records]
+    assert second.endswith("every device holds whole: w (36 MiB)")
+    # On data alone everything is whole, as it should be.
+    alone = make_mesh({"data": 8}, devices)
+    assert sharding.large_replicated(setup.abstract.params, alone, 1) == []

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -193,3 +195,57 @@ def test_muon_makes_convolutions_orthogonal_and_the_rest_adam():
     np.testing.assert_allclose(updates["bias"], expected, rtol=1e-3)
     with pytest.raises(ValueError, match=r"name='sgd' is unknown; choose from \['adamw', 'muon'\]"):
         OptimizerConfig(name="sgd")
+
+
+def test_groups_have_rates_of_their_own(relative_error):
+    """The change of every leaf is its factor times the change without groups; frozen is apart."""
+    params, grads = _problem(steps=1)
+    plain = _updates(optimizer.make_optimizer(CONFIG), params, grads)
+    factors = {"kernel": 0.1, "bias": 0.0, "scale": 0.5, "embed_tokens": 1.0}
+    config = dataclasses.replace(
+        CONFIG, rate_factors=("block/kernel=0.1", "*/bias=0", "block/s*=0.5", "*/scale=9")
+    )
+    grouped = _updates(optimizer.make_optimizer(config), params, grads)
+    for name, factor in factors.items():
+        change = plain["block"][name] - params["block"][name]
+        actual = grouped["block"][name] - params["block"][name]
+        np.testing.assert_allclose(actual, factor * change, atol=3e-7)
+    assert float(jnp.abs(plain["block"]["scale"] - params["block"]["scale"]).max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("factors", "match"),
+    [
+        (("decoder",), "'decoder' must read like"),
+        (("decoder/*=fast",), "must read like"),
+        (("decoder/*=-1",), "must read like"),
+        (("=1",), "must read like"),
+    ],
+)
+def test_rate_factors_that_are_none_are_refused(factors, match):
+    with pytest.raises(ValueError, match=match):
+        OptimizerConfig(rate_factors=factors)
+
+
+def test_a_group_that_is_not_there_is_refused():
+    params, _ = _problem()
+    with pytest.raises(ValueError, match=r"rate_factors: 'decoder/\*' matches no.*\['block'\]"):
+        optimizer.rate_factors(params, ("decoder/*=0.1",))
+
+
+def test_first_moment_in_bfloat16(relative_error):
+    """Half the bytes, and updates that differ by the rounding of the moment."""
+    params, grads = _problem()
+    config = dataclasses.replace(CONFIG, first_moment_dtype="bfloat16")
+    (adam,) = (s for s in optimizer.make_optimizer(config).init(params) if hasattr(s, "mu"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(adam.mu)} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(adam.nu)} == {jnp.dtype("float32")}
+    plain = _updates(optimizer.make_optimizer(CONFIG), params, grads)
+    rounded = _updates(optimizer.make_optimizer(config), params, grads)
+    moved = jax.tree.map(lambda a, b: a - b, plain, params)
+    error = relative_error(jax.tree.map(lambda a, b: a - b, rounded, params), moved)
+    assert 1e-5 < error < 2e-2
+    with pytest.raises(ValueError, match="first_moment_dtype='int8'"):
+        OptimizerConfig(first_moment_dtype="int8")
+    with pytest.raises(ValueError, match="are for name='adamw'"):
+        OptimizerConfig(name="muon", first_moment_dtype="bfloat16")

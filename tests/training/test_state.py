@@ -53,7 +53,9 @@ def test_step_draws_from_the_key_of_the_step(run):
     state, batch, _, results = run
     for i, (after, metrics) in enumerate(results):
         key = jax.random.fold_in(jax.random.key(3), i)
-        assert float(metrics["noise"]) == float(jax.random.normal(key, (8,))[0])
+        # Fused into another program a normal number is rounded differently.
+        noise = float(jax.random.normal(key, (8,))[0])
+        assert float(metrics["noise"]) == pytest.approx(noise, rel=1e-6)
         assert int(after.step) == i + 1
         np.testing.assert_array_equal(
             jax.random.key_data(after.key), jax.random.key_data(state.key)

@@ -1,0 +1,19 @@
+"""Stage 2 of the published recipe: 0.61T tokens, all aspect ratios on two bases.
+
+    python launch/train.py --config=configs/pretrain_stage2.py:tiny --tokenizer=runs/tok \
+        --workdir=runs/s2 \
+        --config.init_from=runs/s1
+
+The argument is the size of the model (tiny, 0.5b ... 14b) and, after a comma, a folder with your
+own records; see `training/recipe.py`, which has the numbers of Table 1 (arXiv 2508.10711), and
+docs/scale.md for clusters. `init_from` is the stage before, of which the parameters are taken.
+"""
+
+from ml_collections import ConfigDict
+
+from nextstep_jax.training.recipe import stage_config
+
+
+def get_config(argument: str = "14b") -> ConfigDict:
+    """The experiment."""
+    return stage_config("stage2", argument)
