@@ -22,6 +22,7 @@ for argument in "$@"; do
   esac
 done
 ensure_venv "$extras"
+ensure_tpu_compiler
 cd -- "$ROOT"
 
 say "ruff check";  "$PY" -m ruff check .

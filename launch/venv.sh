@@ -102,3 +102,21 @@ ensure_venv() {
   pip_install -e "$ROOT${extras:+[$extras]}"
   printf '%s\n' "$want" >"$VENV/.installed-${extras:-core}"
 }
+
+# TPU's compiler, in a folder of its own: in the environment every program would look for a TPU, and
+# of two at a time one would abort. Tests that need it are skipped where it cannot be had.
+ensure_tpu_compiler() {
+  local folder="$ROOT/.cache/libtpu" want
+  want="$("$PY" -c 'import importlib.metadata as m, re
+names = (re.match(r"libtpu[^;]*", line) for line in m.requires("jax"))
+print(next((name.group().strip() for name in names if name), ""))')"
+  if [[ -z "$want" || "$(uname -sm)" != "Linux x86_64" ]]; then
+    return
+  fi
+  if [[ ! -f "$folder/.installed" || "$(<"$folder/.installed")" != "$want" ]]; then
+    say "Installing $want into $folder (a minute, 0.7 GB)"
+    rm -rf -- "$folder"
+    "$PY" -m pip install --no-input -q --no-deps --target "$folder" "$want" || return 0
+    printf '%s\n' "$want" >"$folder/.installed"
+  fi
+}

@@ -2,16 +2,21 @@
 
 import importlib
 import json
+import logging
 import pathlib
+import shutil
 
+import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 from nextstep_jax import runs
 from nextstep_jax.models.config import VAEConfig
 from nextstep_jax.sampling.pipeline import NextStepPipeline
 from nextstep_jax.training import experiment
+from nextstep_jax.training.checkpoint import stored_params
 from nextstep_jax.training.metrics import read_metrics
 from nextstep_jax.training.tokenizer import TokenizerConfig
 
@@ -65,6 +70,7 @@ def workdirs(photos, tmp_path_factory):
     config.optimizer.update(learning_rate=1e-2, warmup_steps=3)
     config.loop.update(num_steps=12, log_every=2, checkpoint_every=6)
     runs.train_model(config, root / "model", root / "tokenizer")
+    (root / "config.json").write_text(config.to_json())
     return root
 
 
@@ -90,6 +96,50 @@ def test_pipeline_samples_from_the_workdir(workdirs):
     assert [image.size for image in result.images] == [(16, 16)] * 2
     assert [one["seed"] for one in result.settings] == [3, 4]
     assert np.abs(result.tokens[0] - result.tokens[1]).max() > 0.1
+
+
+def test_a_stage_begins_with_the_one_before(workdirs, photos, caplog, tmp_path):
+    """Its parameters, its tokenizers; nothing else. Begun, it needs the one before no more."""
+    before = tmp_path / "before"
+    shutil.copytree(workdirs / "model", before)
+    config = ConfigDict(json.loads((workdirs / "config.json").read_text()))
+    config.init_from = str(before)
+    config.loop.update(num_steps=1)
+    config.optimizer.update(warmup_steps=1000)
+    # Small enough a step that the parameters it leaves are those it found.
+    config.optimizer.learning_rate = 1e-9
+    with caplog.at_level(logging.INFO):
+        runs.train_model(config, tmp_path / "next")
+    (line,) = [m for m in caplog.messages if m.startswith("beginning with")]
+    rest = "optimizer, schedule and data are new"
+    assert line == f"beginning with the parameters of {before} at step 12; {rest}"
+    last = stored_params(workdirs / "model" / "checkpoints", ema=False).load()
+    average = stored_params(workdirs / "model" / "checkpoints", ema=True).load()
+    found = stored_params(tmp_path / "next" / "checkpoints", ema=False).load()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), found, last)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), last, average)
+    assert max(jax.tree.leaves(moved)) > 1e-4
+    (metrics,) = read_metrics(tmp_path / "next")
+    assert (metrics["step"], metrics["learning_rate"]) == (0, pytest.approx(1e-12))
+    tokenizers = [(root / "tokenizer.json").read_bytes() for root in (before, tmp_path / "next")]
+    assert tokenizers[0] == tokenizers[1]
+
+    shutil.rmtree(before)
+    config.loop.num_steps = 2
+    runs.train_model(config, tmp_path / "next")
+    assert [line["step"] for line in read_metrics(tmp_path / "next")] == [0, 1]
+    with pytest.raises(FileNotFoundError, match="before"):
+        runs.train_model(config, tmp_path / "other")
+    config.init_from = str(workdirs / "model")
+    config.model.decoder.mlp_dim = 80
+    with pytest.raises(ValueError, match=r"init_from=.*: decoder.mlp_dim=80, there 64$"):
+        runs.train_model(config, tmp_path / "other")
+    config.model.decoder.mlp_dim = 64
+    other = shutil.copytree(workdirs / "tokenizer", tmp_path / "tokenizer")
+    config_of_vae = json.loads((other / "vae.json").read_text())
+    (other / "vae.json").write_text(json.dumps({**config_of_vae, "scaling_factor": 2.0}))
+    with pytest.raises(ValueError, match="another image tokenizer than the one given"):
+        runs.train_model(config, tmp_path / "other", other)
 
 
 @pytest.mark.parametrize(

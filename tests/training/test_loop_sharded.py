@@ -266,6 +266,26 @@ def test_parts_of_a_batch_add_up_to_it(start, make_task, relative_error):
     assert loop.donated_bytes(whole.compiled) >= loop.bytes_per_device(setup.abstract)
 
 
+def test_an_offloaded_optimizer_changes_nothing(start, make_task, relative_error):
+    """Its arrays lie with the host before and after a step; the numbers are the same."""
+    whole = start(ALL)
+    changes = {"mesh": dict(ALL), "offload_optimizer": True}
+    task, config = make_task(loop=changes, optimizer={"ema_decay": 0.0, "eps": 1e-6})
+    setup = loop.set_up(task, config, jax.devices("cpu"))
+    with jax.set_mesh(setup.mesh):
+        compiled = setup.step.lower(setup.abstract, whole.batches[0]).compile(
+            compiler_options=COMPILER
+        )
+        state, _ = compiled(jax.device_put(whole.fresh(), setup.shardings), whole.batches[0])
+    expected, _ = whole.compiled(whole.fresh(), whole.batches[0])
+    kinds = jax.tree.map(lambda leaf: leaf.sharding.memory_kind, moments(state))
+    assert kinds["embed_tokens"] == kinds["decoder"]["layers"]["mlp"]["up_proj"]["kernel"]
+    assert kinds["embed_tokens"] == "pinned_host"
+    assert "pinned_host" not in {x.sharding.memory_kind for x in jax.tree.leaves(state.params)}
+    for part in (lambda s: s.params, moments):
+        assert relative_error(jax.device_get(part(state)), jax.device_get(part(expected))) < 1e-6
+
+
 def test_a_batch_that_cannot_be_cut_is_refused(devices):
     mesh = make_mesh({"fsdp": 4}, devices[:4])
     loop._check_parts({"ids": np.zeros((16, 2))}, mesh, 4)
@@ -296,7 +316,7 @@ def test_large_parameters_that_stay_whole_are_reported(make_task, caplog, device
     wide = {
         "w": jax.ShapeDtypeStruct((9, 2**20), np.float32, sharding=sharding.replicated(setup.mesh))
     }
-    loop._report_replicated(types.SimpleNamespace(params=wide), setup.mesh)
+    loop._report_replicated(setup.abstract.replace(params=wide), setup.mesh)
     (second,) = [record.getMessage() for record in caplog.records]
     assert second.endswith("every device holds whole: w (36 MiB)")
     # On data alone everything is whole, as it should be.
