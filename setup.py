@@ -65,6 +65,8 @@ EXTRAS = {
     # Documents in parquet files.
     "parquet": [_PYARROW],
     "curate": ["ray[data]>=2.60,<3", _PYARROW],
+    # Where `loop.wandb_project` sends the metrics besides.
+    "wandb": ["wandb>=0.17,<1"],
     "hub": ["huggingface_hub>=0.30,<3"],
     "quant": ["qwix>=0.1.8,<0.2"],
     # The reference implementation, to compare against on a CPU.

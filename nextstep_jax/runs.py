@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -21,13 +22,15 @@ from nextstep_jax.data.faults import DocumentError
 from nextstep_jax.data.schema import Text
 from nextstep_jax.data.sources import DocumentSource
 from nextstep_jax.data.tolerance import good_documents
-from nextstep_jax.evaluation.hooks import ReconstructionHook, SampleHook
+from nextstep_jax.evaluation.flops import peak_flops, training_flops
+from nextstep_jax.evaluation.hooks import ReconstructionHook, SampleHook, sampling_params
 from nextstep_jax.interop.model_directory import (
     write_model_directory,
     write_vae_config,
 )
 from nextstep_jax.interop.perceptual_weights import read_lpips
 from nextstep_jax.interop.pretrained import open_image_tokenizer
+from nextstep_jax.interop.start import open_start
 from nextstep_jax.models.config import VAEConfig
 from nextstep_jax.models.nextstep import NextStep
 from nextstep_jax.models.perceptual import Lpips
@@ -35,6 +38,9 @@ from nextstep_jax.models.vae import VAE
 from nextstep_jax.sampling.pipeline import NextStepPipeline
 from nextstep_jax.sampling.presets import preset_from_settings
 from nextstep_jax.training import experiment, loop
+from nextstep_jax.training.checkpoint import stored_params
+from nextstep_jax.training.pretrain import NextStepTask
+from nextstep_jax.training.reporting import Yardstick
 from nextstep_jax.training.tokenizer import PerceptualNetwork, TokenizerConfig, first_image
 
 # Fields of a VAEConfig that decide its parameters.
@@ -64,12 +70,21 @@ def train_tokenizer(config: Any, workdir: pathlib.Path) -> None:
     task, loop_config = experiment.build_tokenizer_task(config, network)
     start = None
     # A run that goes on has parameters of its own; what it began with may be gone.
-    if config.get("init_from") and not any((pathlib.Path(workdir) / "checkpoints").glob("[0-9]*")):
+    if config.get("init_from") and not _goes_on(workdir):
         start = _start_of_vae(pathlib.Path(config["init_from"]), task.vae.config)
     pixels = _held_out_pixels(config, task.train.image_size)
-    hooks = _on_one_process([ReconstructionHook(workdir, task.vae, pixels)])
+    hooks = [ReconstructionHook(workdir, task.vae, pixels)]
     write = functools.partial(write_vae_config, workdir, task.vae.config)
     loop.run(task, loop_config, workdir, hooks, write, start)
+
+
+def _goes_on(workdir: pathlib.Path) -> bool:
+    """Whether a run has a finished checkpoint to continue from."""
+    try:
+        stored_params(pathlib.Path(workdir) / "checkpoints")
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _start_of_vae(directory: pathlib.Path, config: VAEConfig) -> Callable[[Any], Any]:
@@ -106,15 +121,24 @@ def _perceptual_network(values: Mapping[str, Any]) -> PerceptualNetwork | None:
     return PerceptualNetwork(Lpips(train.perceptual), params)
 
 
-def train_model(config: Any, workdir: pathlib.Path, tokenizer_dir: pathlib.Path) -> None:
-    """Trains the model of a config, or continues it; the workdir is a model directory."""
+def train_model(
+    config: Any, workdir: pathlib.Path, tokenizer_dir: pathlib.Path | None = None
+) -> None:
+    """Trains the model of a config, or continues it; the workdir is a model directory.
+
+    `config.init_from` is the workdir of the stage before, or another model directory: its
+    parameters and its text tokenizer are taken, and its image tokenizer where `tokenizer_dir` is
+    None. Optimizer, schedule and data begin anew.
+    """
     config = experiment.plain(config)
     run = prepare_model(config, workdir, tokenizer_dir)
     section = dict(config.get("score", {}))
     if "level" not in section and not section.get("prompts"):
         section["prompts"] = _captions(experiment.build_sources(config))
-    hooks = _on_one_process([SampleHook(workdir, run.make_pipeline, **section)])
-    loop.run(run.task, run.loop_config, workdir, hooks, run.write)
+    hooks = [SampleHook(workdir, run.make_pipeline, **section)]
+    loop.run(
+        run.task, run.loop_config, workdir, hooks, run.write, run.initial_params, run.yardstick
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,30 +149,46 @@ class ModelRun:
         task: What is trained.
         loop_config: How long, how often, on what.
         write: Writes the model directory around the checkpoints.
-        make_pipeline: Parameters -> a pipeline that samples as the config says.
+        make_pipeline: Parameters -> a pipeline on this process's devices that samples as the
+            config says; every process must call.
+        initial_params: Abstract parameters -> those of `config.init_from`; None without it.
+        yardstick: What the speed is measured against.
     """
 
     task: loop.Task
     loop_config: loop.LoopConfig
     write: Callable[[], None]
     make_pipeline: Callable[[Any], NextStepPipeline]
+    initial_params: Callable[[Any], Any] | None
+    yardstick: Yardstick
 
 
-def prepare_model(config: Any, workdir: pathlib.Path, tokenizer_dir: pathlib.Path) -> ModelRun:
-    """Everything about a model's training that is not its loop.
+def prepare_model(
+    config: Any, workdir: pathlib.Path, tokenizer_dir: pathlib.Path | None = None
+) -> ModelRun:
+    """Everything about a model's training that is not its loop; see `train_model`.
 
     Raises:
-        ValueError: Something in the config is unknown or does not fit the image tokenizer.
+        ValueError: Something in the config is unknown, or does not fit the image tokenizer or the
+            model that the run begins with; or there is no image tokenizer.
         FileNotFoundError: `tokenizer_dir` holds no image tokenizer.
     """
     config = experiment.plain(config)
     size = (config["image_size"], config["image_size"])
     preset = preset_from_settings(config["sampling"])
+    model_config = experiment.build_model_config(config["model"])
+    # A run that goes on has parameters and a tokenizer of its own; what it began with may be gone.
+    before = None
+    if config.get("init_from") and not _goes_on(workdir):
+        before = open_start(pathlib.Path(config["init_from"]), model_config)
+    if tokenizer_dir is None:
+        tokenizer_dir = before.directory if before else pathlib.Path(workdir)
     vae_config, load_vae = open_image_tokenizer(pathlib.Path(tokenizer_dir))
     vae_params = load_vae()
     vae = VAE(vae_config)
-    model_config = experiment.build_model_config(config["model"])
-    tokenizer = experiment.load_or_train_text_tokenizer(
+    if before:
+        before.check_image_tokenizer(vae_config, vae_params)
+    tokenizer = (before and before.tokenizer) or experiment.load_or_train_text_tokenizer(
         pathlib.Path(workdir) / "tokenizer.json",
         experiment.build_sources(config),
         model_config.decoder.vocab_size,
@@ -160,10 +200,25 @@ def prepare_model(config: Any, workdir: pathlib.Path, tokenizer_dir: pathlib.Pat
     )
 
     def make_pipeline(params: Any) -> NextStepPipeline:
-        args = (NextStep(model_config), nn.unbox(params), vae, vae_params, tokenizer)
-        return NextStepPipeline(*args, preset=preset, image_size=size)
+        model = NextStep(model_config, dtype=task.model.dtype)
+        params, mesh = sampling_params(model, nn.unbox(params))
+        args = (model, params, vae, vae_params, tokenizer)
+        return NextStepPipeline(*args, preset=preset, image_size=size, mesh=mesh)
 
-    return ModelRun(task, loop_config, write, make_pipeline)
+    data = experiment.build_data(config)
+    yardstick = _yardstick(task, data.rows_per_batch, data.row_length)
+    start = before and before.load
+    return ModelRun(task, loop_config, write, make_pipeline, start, yardstick)
+
+
+def _yardstick(task: NextStepTask, rows: int, length: int) -> Yardstick:
+    """FLOPs of a step on batches of rows of a length, and the peak of the devices here."""
+    device, config = jax.devices()[0], task.model.config
+    flops = training_flops(config, rows=rows, length=length, image_positions=task.num_positions)
+    # What jax multiplies float32 as on NVIDIA's devices unless told otherwise.
+    of_float32 = "tensorfloat32" if device.platform == "gpu" else "float32"
+    dtype = "bfloat16" if task.model.dtype == jnp.bfloat16 else of_float32
+    return Yardstick(flops.total, peak_flops(device.device_kind, dtype))
 
 
 def seconds_per_step(task: loop.Task, config: loop.LoopConfig, num_steps: int = 20) -> float:
@@ -181,11 +236,6 @@ def seconds_per_step(task: loop.Task, config: loop.LoopConfig, num_steps: int = 
         seconds.append(time.monotonic() - began)
     iterator.close()
     return float(np.median(seconds[num_steps // 4 :]))
-
-
-def _on_one_process(hooks: list[loop.Hook]) -> list[loop.Hook]:
-    """Hooks read whole arrays, which one process of several cannot."""
-    return hooks if jax.process_count() == 1 else []
 
 
 def _captions(sources: Mapping[str, tuple[DocumentSource, float]]) -> list[str]:

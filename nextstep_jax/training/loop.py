@@ -24,9 +24,10 @@ from jaxtyping import Array, Float, Key
 from nextstep_jax.parallel import mesh as meshes
 from nextstep_jax.parallel import sharding
 from nextstep_jax.training.checkpoint import Checkpoint, CheckpointStore, Clock
-from nextstep_jax.training.metrics import MetricsWriter
+from nextstep_jax.training.metrics import MetricsWriter, check_wandb
 from nextstep_jax.training.optimizer import OptimizerConfig
-from nextstep_jax.training.reporting import DataWatch, Pending
+from nextstep_jax.training.profiling import Profiler
+from nextstep_jax.training.reporting import DataWatch, RunReport, Yardstick
 from nextstep_jax.training.state import Metrics, TrainState, init_state, make_train_step
 from nextstep_jax.training.stopping import StopRequest
 
@@ -63,7 +64,10 @@ class Task(Protocol):
         """The pipeline's arrays -> what `loss` reads, on the mesh; frozen networks go here."""
 
     def num_samples(self, batch: Mapping[str, Any]) -> int:
-        """Samples in a batch of the pipeline, for the clock."""
+        """Samples in a batch of the pipeline, for the clock.
+
+        A task whose batches are rows of tokens also has a `num_tokens`: rows times length.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +87,10 @@ class LoopConfig:
         keep_checkpoints: How many stay on disk.
         log_every: Steps between lines of metrics.
         hook_every: Steps between calls of the hooks; the last step always calls them. 0 is never.
+        profile_from: The first update, counted from 1, of a profiler trace; 0 is none. SIGUSR1
+            asks for one at any time.
+        profile_steps: Updates in a trace.
+        wandb_project: A project at Weights & Biases to which metrics also go; empty is none.
     """
 
     num_steps: int = 1000
@@ -96,12 +104,15 @@ class LoopConfig:
     keep_checkpoints: int = 2
     log_every: int = 10
     hook_every: int = 0
+    profile_from: int = 0
+    profile_steps: int = 3
+    wandb_project: str = ""
 
     def __post_init__(self):
         """Checks the ranges."""
         least = dict.fromkeys(("num_steps", "checkpoint_every", "keep_checkpoints", "log_every"), 1)
-        least["accumulate"] = 1
-        for name, smallest in {**least, "hook_every": 0}.items():
+        least |= {"accumulate": 1, "profile_steps": 1, "profile_from": 0, "hook_every": 0}
+        for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {smallest}")
 
@@ -176,7 +187,7 @@ def set_up(task: Task, config: LoopConfig, devices: Sequence | None = None) -> S
 
 
 def _offloaded(shardings: TrainState) -> TrainState:
-    """The same with the optimizer's arrays in the host's memory; its scalars are not worth it."""
+    """The same with the optimizer's arrays in the host's memory; what no axis cuts is small."""
 
     def move(placed):
         return placed.with_memory_kind("pinned_host") if any(placed.spec) else placed
@@ -213,11 +224,13 @@ def run(
     hooks: Sequence[Hook] = (),
     on_start: Callable[[], None] = lambda: None,
     initial_params: Callable[[Any], Any] | None = None,
+    yardstick: Yardstick | None = None,
 ) -> TrainState:
     """Trains until `num_steps`, continuing whatever the workdir holds.
 
-    A workdir holds `config.json`, `checkpoints/`, `metrics.jsonl` and `tensorboard/`. SIGTERM
-    and a first Ctrl-C save and return after the step in flight.
+    A workdir holds `config.json`, `checkpoints/`, `metrics.jsonl`, `tensorboard/` and, where one
+    was asked for, `profile/`. SIGTERM and a first Ctrl-C save and return after the step in flight;
+    SIGUSR1 asks for a profiler trace.
 
     Args:
         task: What is trained.
@@ -225,29 +238,34 @@ def run(
         workdir: Made if it is not there.
         hooks: Called between steps, after the save that falls on the same step.
         on_start: Called before the first step, once it is clear that the run may go on in this
-            workdir: the place to write what describes it.
+            workdir: the place to write what describes it. Every process calls it.
         initial_params: Abstract parameters with their shardings -> the parameters to start from,
             in place of the task's own; not called where the workdir has a checkpoint.
+        yardstick: FLOPs of a step and the devices' peak, for the lines of metrics.
 
     Raises:
         NonFiniteError: Loss, gradient or parameters are NaN or infinite; earlier checkpoints stay
             as they are.
+        SaveError: The last checkpoint could not be written; an earlier failure is only logged.
         ValueError: The checkpoint does not continue under this configuration, or the rows of a
             batch do not divide over the mesh.
     """
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
-        args = (hooks, on_start, initial_params, stop, stack)
+        args = (hooks, on_start, initial_params, yardstick, stop, stack)
         return _run(task, config, pathlib.Path(workdir), *args)
 
 
-def _run(task, config, workdir, hooks, on_start, initial_params, stop, stack) -> TrainState:
+def _run(
+    task, config, workdir, hooks, on_start, initial_params, yardstick, stop, stack
+) -> TrainState:
     """`run`; what has to be closed, in whatever way the run ends, goes on the stack."""
 
     def open_until_end(resource):
         return stack.enter_context(contextlib.closing(resource))
 
     # ----- Mesh, data, abstract state, shardings -----
+    check_wandb(config.wandb_project)
     workdir.mkdir(parents=True, exist_ok=True)
     setup = set_up(task, config)
     # Created late: restoring or reading starts its prefetch threads.
@@ -271,12 +289,16 @@ def _run(task, config, workdir, hooks, on_start, initial_params, stop, stack) ->
                 )
     if jax.process_index() == 0:
         (workdir / "config.json").write_text(json.dumps(run_config, indent=2) + "\n")
-        on_start()
+    on_start()
 
     # ----- Steps -----
     start = int(checkpoint.state.step)
-    writer = open_until_end(MetricsWriter(workdir, start, config.num_steps, task.name))
-    _steps(task, config, setup, checkpoint, store, writer, hooks, stop)
+    args = (start, config.num_steps, task.name, config.wandb_project, run_config)
+    writer = open_until_end(MetricsWriter(workdir, *args))
+    report = RunReport(config.is_logged, writer, config.num_steps, yardstick)
+    args = (workdir / "profile", config.profile_from, config.profile_steps)
+    profiler = stack.enter_context(Profiler(*args))
+    _steps(task, config, setup, checkpoint, store, writer, report, profiler, hooks, stop)
     return checkpoint.state
 
 
@@ -307,14 +329,17 @@ def start_from(state: TrainState, params: Any) -> TrainState:
     return state.replace(params=params, ema=ema)
 
 
-def _steps(task, config, setup, checkpoint, store, writer, hooks, stop) -> None:
+def _steps(task, config, setup, checkpoint, store, writer, report, profiler, hooks, stop) -> None:
     """Next, update, save, hooks; `checkpoint` holds the current state throughout."""
-    pending = Pending(config.is_logged, writer)
+    num_tokens = getattr(task, "num_tokens", lambda _: 0)
     step_fn = None
     saved = step = int(checkpoint.state.step)
     began, seconds = time.monotonic(), checkpoint.clock.seconds
     watch = DataWatch(checkpoint.dataset)
-    while step < config.num_steps and not stop.requested:
+    while step < config.num_steps and not stop.reached(step):
+        if profiler.due(step + 1):
+            with report.pause():
+                profiler.turn(step + 1)
         local = watch.next()
         with jax.transfer_guard("disallow"):
             batch = task.place(setup.mesh, local)
@@ -322,32 +347,37 @@ def _steps(task, config, setup, checkpoint, store, writer, hooks, stop) -> None:
         with jax.set_mesh(setup.mesh), jax.transfer_guard("disallow"):
             if step_fn is None:
                 _check_parts(batch, setup.mesh, config.accumulate)
-                step_fn = _compile(setup, checkpoint.state, batch)
-            checkpoint.state, metrics = step_fn(checkpoint.state, batch)
+                step_fn, compiling = _compile(setup, checkpoint.state, batch)
+                report.begin(step, checkpoint.clock.samples, **compiling)
+            with jax.profiler.StepTraceAnnotation(task.name, step_num=step + 1):
+                checkpoint.state, metrics = step_fn(checkpoint.state, batch)
         step += 1
         checkpoint.clock.samples += task.num_samples(local)
         checkpoint.clock.seconds = seconds + time.monotonic() - began
         extra = dataclasses.asdict(checkpoint.clock)
         if config.is_logged(step):
             extra |= watch.report()
-        pending.push(step, metrics, extra)
+            if store.num_failed:
+                extra["failed_saves"] = store.num_failed
+        report.push(step, metrics, extra, num_tokens(local))
         # NOTE: save before hooks, which may fail, and before the next batch is taken.
         if step % config.checkpoint_every == 0 or step == config.num_steps:
-            pending.flush()
-            store.save(step, checkpoint)
+            report.save(store, step, checkpoint)
             saved = step
         if config.hook_every and (step % config.hook_every == 0 or step == config.num_steps):
-            pending.flush()
-            for hook in hooks:
-                hook(step, checkpoint.state, writer)
-    pending.flush()
+            with report.pause():
+                for hook in hooks:
+                    hook(step, checkpoint.state, writer)
+    report.flush()
     if step > saved:
-        store.save(step, checkpoint)
-    if stop.requested:
+        report.save(store, step, checkpoint)
+    store.finish()
+    if stop.requested and step < config.num_steps:
         logging.warning("stopped at step %d; a new start continues there", step)
 
 
-def _compile(setup: Setup, state: TrainState, batch: Any) -> Any:
+def _compile(setup: Setup, state: TrainState, batch: Any) -> tuple[Any, dict[str, float]]:
+    """The compiled step, and what the first line of metrics says of it."""
     began = time.monotonic()
     compiled = setup.step.lower(state, batch).compile()
     seconds = time.monotonic() - began
@@ -356,7 +386,10 @@ def _compile(setup: Setup, state: TrainState, batch: Any) -> Any:
     if donated is not None and donated < needed:
         # Not an error: the numbers are right, and a platform may be unable to alias.
         logging.warning("only %d of %d bytes of the state are donated", donated, needed)
-    return compiled
+    facts = {"compile_seconds": seconds}
+    if (planned := planned_bytes(compiled)) is not None:
+        facts["planned_memory_gib"] = planned / 2**30
+    return compiled, facts
 
 
 def _check_parts(batch: Any, mesh: jax.sharding.Mesh, accumulate: int) -> None:
@@ -376,6 +409,15 @@ def bytes_per_device(abstract: Any) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(abstract)
     )
+
+
+def planned_bytes(compiled: Any) -> int | None:
+    """Bytes of a device that the compiler plans for a step, or None where nobody knows."""
+    stats = compiled.memory_analysis()
+    if stats is None:
+        return None
+    held = stats.argument_size_in_bytes + stats.output_size_in_bytes + stats.temp_size_in_bytes
+    return held - stats.alias_size_in_bytes
 
 
 def donated_bytes(compiled: Any) -> int | None:

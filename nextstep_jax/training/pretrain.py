@@ -8,13 +8,13 @@ Axes: batch, length, embed, token; n = image positions gathered from a row.
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from nextstep_jax.data.pipeline import (
     DataConfig,
@@ -23,6 +23,7 @@ from nextstep_jax.data.pipeline import (
     make_pipeline,
     pipeline_fingerprint,
 )
+from nextstep_jax.data.schema import KINDS
 from nextstep_jax.data.text_tokenizer import TextTokenizer
 from nextstep_jax.flow.path import logit_normal_times
 from nextstep_jax.models.layers import constrain
@@ -45,6 +46,8 @@ Batch = Mapping[str, Any]
 
 # Image positions of a row are rounded up to this, so that a mesh can split them. Ours.
 _POSITIONS_MULTIPLE = 16
+# Parts of [0, 1) that the flow loss is shown for. Ours.
+_TIME_BINS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +249,61 @@ class NextStepObjective:
             "text_loss": Mean(text, jnp.sum(parts.text_weights)),
             "image_loss": Mean(image, jnp.sum(parts.image_weights)),
             "padding": Mean(jnp.sum(padding), jnp.float32(padding.size)),
+            **losses_by_kind(parts, batch.get("kinds")),
+            **loss_by_time(parts, times),
         }
+
+
+def losses_by_kind(
+    parts: PositionLosses, kinds: Int[Array, "batch length"] | None
+) -> dict[str, Mean]:
+    """text_loss/KIND and image_loss/KIND: both losses on the documents of each of `KINDS`.
+
+    Args:
+        parts: Of a batch.
+        kinds: Its `kinds`, see `data.schema.Batch`; nothing is returned without them.
+    """
+    if kinds is None:
+        return {}
+    numbers = kinds.astype(jnp.int32) - 1
+    at_image = jnp.take_along_axis(numbers, parts.order, axis=1)
+    # What is predicted stands one further.
+    text = mean_by_group(parts.text, parts.text_weights, next_position(numbers), len(KINDS))
+    image = jnp.mean(parts.image, axis=0)
+    image = mean_by_group(image, parts.image_weights, at_image, len(KINDS))
+    return _by_name(text, "text_loss/", KINDS) | _by_name(image, "image_loss/", KINDS)
+
+
+def loss_by_time(parts: PositionLosses, times: Float[Array, "draws batch n"]) -> dict[str, Mean]:
+    """image_loss/t0.0 to image_loss/t0.9: the flow loss by tenths of the time it was taken at.
+
+    Every draw counts with the weight of its position; t = 0 is noise and t = 1 is data.
+    """
+    weights = jnp.broadcast_to(parts.image_weights, times.shape)
+    tenths = jnp.clip(jnp.floor(_TIME_BINS * times), 0, _TIME_BINS - 1).astype(jnp.int32)
+    found = mean_by_group(parts.image, weights, tenths, _TIME_BINS)
+    return _by_name(found, "image_loss/t", [f"{i / _TIME_BINS:.1f}" for i in range(_TIME_BINS)])
+
+
+def mean_by_group(
+    values: Float[Array, "*shape"],
+    weights: Float[Array, "*shape"],
+    groups: Int[Array, "*shape"],
+    num_groups: int,
+) -> Mean:
+    """The weighted mean of each group, (num_groups,); other group numbers count nowhere."""
+    numbers = jnp.arange(num_groups).reshape(-1, *[1] * values.ndim)
+    # Never in memory: the comparison becomes part of the sums.
+    weights = jnp.where(groups == numbers, weights, 0.0)
+    axes = tuple(range(1, weights.ndim))
+    return Mean(jnp.sum(weights * values, axes), jnp.sum(weights, axes))
+
+
+def _by_name(means: Mean, prefix: str, names: Sequence[str]) -> dict[str, Mean]:
+    """The entries of a vector of means, one by one."""
+    return {
+        f"{prefix}{name}": Mean(means.total[i], means.weight[i]) for i, name in enumerate(names)
+    }
 
 
 def _share(total: Float[Array, ""], weight: Float[Array, ""]) -> Float[Array, ""]:
@@ -319,6 +376,10 @@ class NextStepTask(NextStepObjective):
         if "images" not in local:
             return batch
         return {**batch, "latents": self._encoder(mesh, local)}
+
+    def num_tokens(self, batch: Batch) -> int:
+        """Positions of the rows of the global batch, padding included."""
+        return batch["token_ids"].size * jax.process_count()
 
     def num_samples(self, batch: Batch) -> int:
         """Documents in the local part of a batch, over all processes."""

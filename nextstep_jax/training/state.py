@@ -11,7 +11,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from nextstep_jax.training.optimizer import (
     OptimizerConfig,
@@ -34,7 +34,7 @@ class Mean:
     total: Any
     weight: Any
 
-    def value(self) -> jax.Array:
+    def value(self) -> Float[Array, "..."]:
         """total / weight; NaN where nothing was weighted."""
         return jnp.where(self.weight > 0, self.total / self.weight, jnp.nan)
 

@@ -1,0 +1,149 @@
+"""Analytic FLOPs of a training step, and the peaks of devices that MFU is measured against.
+
+Model FLOPs: the multiplications and additions of the matrix products that the mathematics of
+NextStep-1 (arXiv 2508.10711, section 2 and Table 6) needs, whatever the program does. A product of
+n rows with a weight of P values takes 2 n P; the backward pass takes twice the forward pass, so a
+step is 3 x forward (6 P a token). What rematerialisation computes again is not counted, nor are
+norms, softmax, rotations and other element-wise work. Attention is causal and counted halved.
+
+The compiler's own count (`cost_analysis`) cannot stand in for this: it counts the body of a loop
+once, and the layers, the chunks of the cross-entropy and accumulation are loops.
+"""
+
+import dataclasses
+
+from nextstep_jax.models.config import NextStepConfig
+
+_FORWARD_AND_BACKWARD = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingFlops:
+    """FLOPs of one step by part, forward and backward, of all devices together.
+
+    Attributes:
+        decoder: Projections and MLPs of the blocks.
+        attention: Scores and weighted values, causal: half of all pairs of a row.
+        lm_head: Logits of the text.
+        flow_head: All draws of all image positions.
+        projectors: Image tokens in, conditions out.
+    """
+
+    decoder: float
+    attention: float
+    lm_head: float
+    flow_head: float
+    projectors: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(dataclasses.astuple(self))
+
+
+def decoder_weights(config: NextStepConfig) -> int:
+    """Values of the matrices of all blocks: 2 D H d + 2 D K d + 3 D F in each."""
+    d = config.decoder
+    attention = 2 * d.embed_dim * d.head_dim * (d.num_heads + d.num_kv_heads)
+    return d.num_layers * (attention + 3 * d.embed_dim * d.mlp_dim)
+
+
+def flow_head_weights(config: NextStepConfig) -> int:
+    """Values of the flow head's matrices, all of which a draw passes through once."""
+    f = config.flow_head
+    block = 2 * f.width * int(f.width * f.mlp_ratio) + 3 * f.width**2
+    time = (f.frequency_dim + f.width) * f.width
+    ends = 2 * config.token_dim * f.width + 2 * f.width**2
+    return f.num_layers * block + time + ends + config.decoder.embed_dim * f.width
+
+
+def training_flops(
+    config: NextStepConfig,
+    *,
+    rows: int,
+    length: int,
+    image_positions: int,
+    draws: int | None = None,
+    text_positions: int | None = None,
+) -> TrainingFlops:
+    """FLOPs of one training step on packed rows.
+
+    Every position of a row counts, padding included, and a row is taken for one segment: packing
+    several documents into it makes the attention cheaper only for a kernel that skips blocks.
+
+    Args:
+        config: The model.
+        rows: Rows of the batch, all micro-batches of an accumulated step together.
+        length: Positions of a row.
+        image_positions: Positions of a row that the flow loss is taken at.
+        draws: Times and noises of such a position; by default the config's `draws_per_token`.
+        text_positions: Positions of a row whose logits are needed; by default all of them, as the
+            loss computes them.
+
+    Returns:
+        The FLOPs by part.
+
+    Raises:
+        ValueError: Sizes that no row can have.
+    """
+    text_positions = length if text_positions is None else text_positions
+    draws = config.flow_head.draws_per_token if draws is None else draws
+    for name, value in (("rows", rows), ("length", length), ("draws", draws)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    for name, value in (("image_positions", image_positions), ("text_positions", text_positions)):
+        if not 0 <= value <= length:
+            raise ValueError(f"{name}={value} must lie in [0, length={length}]")
+    d = config.decoder
+    projectors = (config.token_dim + d.embed_dim) * d.embed_dim
+
+    def step(multiplications_per_row: int) -> float:
+        return float(_FORWARD_AND_BACKWARD * 2 * rows * multiplications_per_row)
+
+    return TrainingFlops(
+        decoder=step(length * decoder_weights(config)),
+        # Two products of length^2 x head_dim a head, of which causality needs one half.
+        attention=step(d.num_layers * d.num_heads * d.head_dim * length**2),
+        lm_head=step(text_positions * d.embed_dim * d.vocab_size),
+        flow_head=step(image_positions * draws * flow_head_weights(config)),
+        projectors=step(image_positions * projectors),
+    )
+
+
+# (part of what a device calls itself in lower case, dtype -> dense peak in TFLOP/s); the first
+# match counts. A device is what JAX calls one: a chip, but half a chip of TPU7x. From Google's
+# pages of the Cloud TPU versions and NVIDIA's data sheets, without structured sparsity; for TPUs
+# no peak of float32 products is published.
+_PEAKS: tuple[tuple[str, dict[str, float]], ...] = (
+    ("tpu v4", {"bfloat16": 275.0}),
+    ("tpu v5 lite", {"bfloat16": 197.0}),
+    ("tpu v5e", {"bfloat16": 197.0}),
+    ("tpu v5", {"bfloat16": 459.0}),
+    ("tpu v6", {"bfloat16": 918.0}),
+    ("tpu7x", {"bfloat16": 1153.5}),
+    ("tpu v7x", {"bfloat16": 1153.5}),
+    ("a100", {"bfloat16": 312.0, "tensorfloat32": 156.0, "float32": 19.5}),
+    ("h100 pcie", {"bfloat16": 756.0, "tensorfloat32": 378.0, "float32": 51.0}),
+    ("h100", {"bfloat16": 989.0, "tensorfloat32": 494.5, "float32": 67.0}),
+    ("h200", {"bfloat16": 989.0, "tensorfloat32": 494.5, "float32": 67.0}),
+    ("b200", {"bfloat16": 2250.0, "tensorfloat32": 1125.0, "float32": 75.0}),
+)
+DTYPES = ("bfloat16", "tensorfloat32", "float32")
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """Dense peak of a device in FLOP/s, or None where nobody has published one.
+
+    Args:
+        device_kind: `jax.Device.device_kind`.
+        dtype: One of `DTYPES`. JAX multiplies float32 on NVIDIA GPUs as "tensorfloat32" unless a
+            higher precision is asked for.
+
+    Raises:
+        ValueError: Another dtype.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is unknown; choose from {list(DTYPES)}")
+    kind = device_kind.lower()
+    peaks = next((peaks for name, peaks in _PEAKS if name in kind), {})
+    return 1e12 * peaks[dtype] if dtype in peaks else None
