@@ -9,6 +9,7 @@ test starts inherit it, and a value given from outside wins:
 """
 
 import glob
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -37,7 +38,8 @@ def _prepare_environment() -> None:
     if not _has_gpu() and not any("xla_backend_optimization_level" in flag for flag in flags):
         # Most of a test's time is compiling; unoptimised machine code computes the same.
         flags.append("--xla_backend_optimization_level=0")
-        flags.append("--xla_cpu_use_fusion_emitters=false")
+        if importlib.metadata.version("jaxlib") < "0.12":  # later ones do not know the flag
+            flags.append("--xla_cpu_use_fusion_emitters=false")
     env["XLA_FLAGS"] = " ".join(flags)
     # CPU first: `jax.devices()` are the fake ones everywhere, and a GPU test asks by name.
     env.setdefault("JAX_PLATFORMS", "cpu,cuda" if _has_gpu() else "cpu")

@@ -2,7 +2,8 @@
 
 One rule serves training on packed rows, left-padded prompts and cached decoding: query i sees key
 j if j is not later than i and both belong to the same segment. Segment 0 is padding; it sees only
-padding, so its rows stay finite and nothing else reads them.
+padding, so its rows stay finite and nothing else reads them. `attend` is the one function that the
+models call; the kernels behind it have a module each.
 
 Axes: batch, T query positions, S key positions, heads, kv_heads, head_dim.
 """
@@ -14,9 +15,19 @@ import flax
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from nextstep_jax.models.attention_chunked import ATTENTION_NAME, QUERY_BLOCK, chunked_attention
+from nextstep_jax.models.attention_cudnn import cudnn_attention
+from nextstep_jax.models.attention_mesh import layout_in_scope, on_each_device, target_platform
+from nextstep_jax.models.attention_splash import splash_attention
 from nextstep_jax.models.config import DecoderConfig
+
+# Positions from which the scores of a row are too much to hold; ours.
+_LONG = 2048
+_TILE = 128
 
 LayerCache = tuple[jax.Array, jax.Array]
 
@@ -117,22 +128,79 @@ def attend(
 ) -> Float[Array, "batch T heads head_dim"]:
     """Softmax attention with scale 1/sqrt(head_dim); query head h reads kv head h // group.
 
-    The softmax is taken in float32. Every kernel must honour the segments.
+    The softmax is taken in float32, and every kernel honours the segments. As many queries as
+    keys are a whole row, whose `q_offset` can only be 0. Fewer are cached decoding, which is
+    "xla" under every name, except that "chunked" serves more queries than one of its blocks (a
+    long prompt) itself: a model that was trained with one kernel decodes without being told.
+
+    What a policy needs to keep the backward pass from running attention again is named
+    "attention": the result, and for "chunked" and "splash" the softmax's denominator.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        segments: Who may attend to whom.
+        implementation: "xla", the reference, which holds scores of T times S; "chunked", the same
+            on every platform in memory linear in the length; "splash", for TPUs; "cudnn", for
+            GPUs; "auto", which of these suits platform and arrays, see `chosen_kernel`.
 
     Raises:
-        ValueError: An implementation that is not one of `ATTENTION_KERNELS`.
+        ValueError: An implementation that is not one of `ATTENTION_KERNELS`, or one that cannot
+            run on these arrays, this platform or this mesh.
     """
+    if implementation == "auto":
+        implementation = chosen_kernel(target_platform(), q.dtype, q.shape[1], q.shape[3])
     if implementation not in ATTENTION_KERNELS:
         raise ValueError(
             f"attention implementation {implementation!r} is unknown;"
-            f" choose from {list(ATTENTION_KERNELS)}"
+            f" choose from {[*ATTENTION_KERNELS, 'auto']}"
         )
-    return ATTENTION_KERNELS[implementation](q, k, v, segments)
+    num_q, num_kv = q.shape[1], k.shape[1]
+    long_prompt = implementation == "chunked" and num_q > QUERY_BLOCK
+    kernel = ATTENTION_KERNELS["xla" if num_q != num_kv and not long_prompt else implementation]
+    return kernel(q, k.astype(q.dtype), v.astype(q.dtype), segments)
 
 
-def _xla_attention(q, k, v, segments):
+def chosen_kernel(platform: str, dtype: DTypeLike, length: int, head_dim: int) -> str:
+    """What "auto" stands for.
+
+    On TPUs "splash" for heads and rows in whole tiles of 128; on GPUs "cudnn" for 16-bit numbers;
+    otherwise "chunked" from `_LONG` positions on, and "xla" below.
+    """
+    if platform == "tpu" and length % _TILE == 0 and head_dim % _TILE == 0:
+        return "splash"
+    if platform in ("gpu", "cuda") and jnp.dtype(dtype).itemsize == 2:
+        return "cudnn"
+    return "chunked" if length >= _LONG else "xla"
+
+
+def _xla(q, k, v, segments):
     mask = attention_mask(segments)[:, None]
-    return jax.nn.dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=mask)
+    return checkpoint_name(jax.nn.dot_product_attention(q, k, v, mask=mask), ATTENTION_NAME)
 
 
-ATTENTION_KERNELS = {"xla": _xla_attention}
+def _chunked(q, k, v, segments):
+    if q.shape[1] != k.shape[1]:
+        return chunked_attention(q, k, v, segments.q, segments.kv, segments.q_offset)
+    layout = layout_in_scope()
+    # Where the mesh does not divide the row the compiler may cut it as it likes.
+    if layout is None or layout.undivided(q, k):
+        return chunked_attention(q, k, v, segments.q, segments.kv)
+    return on_each_device(_chunked_part, layout, q, k, v, segments.q, segments.kv)
+
+
+def _chunked_part(q, k, v, q_segments, kv_segments, first, state):
+    return chunked_attention(q, k, v, q_segments, kv_segments, first)
+
+
+def _splash(q, k, v, segments):
+    return splash_attention(q, k, v, segments.q, segments.kv)
+
+
+def _cudnn(q, k, v, segments):
+    out = cudnn_attention(q, k, v, segments.q, segments.kv)
+    return checkpoint_name(out, ATTENTION_NAME)
+
+
+ATTENTION_KERNELS = {"xla": _xla, "chunked": _chunked, "splash": _splash, "cudnn": _cudnn}

@@ -64,7 +64,7 @@ class Attention(nn.Module):
             k, v = cache = attention.extend(cache, k, v, segments.q_offset)
         out = attention.attend(q, k, v, segments, self.implementation)
         out = out.reshape(*x.shape[:2], c.num_heads * c.head_dim)
-        out = checkpoint_name(constrain(out, "act_batch", "act_len", "act_heads"), "attention")
+        out = constrain(out, "act_batch", "act_len", "act_heads")
         out_proj = Dense(
             c.embed_dim, ("heads", "embed"), c.out_bias, _normal(c), self.dtype, name="o_proj"
         )

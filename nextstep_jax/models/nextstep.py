@@ -155,6 +155,8 @@ class NextStep(nn.Module):
 
 def init_params(model: NextStep, key: Key[Array, ""]) -> dict[str, Any]:
     """Boxed parameters (with their logical axes) of a model; shapes do not depend on the batch."""
+    # Nor on the kernel, of which some refuse so short a row.
+    model = model.clone(attention="xla")
     ids = jnp.zeros((1, 2), jnp.int32)
     latents = jnp.zeros((1, 2, model.config.token_dim), jnp.float32)
     return model.init(key, ids, latents, ids, jnp.ones_like(ids))["params"]

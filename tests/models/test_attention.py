@@ -3,7 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nextstep_jax.models.attention import KVCache, Segments, attend, attention_mask, extend
+from nextstep_jax.models.attention import (
+    KVCache,
+    Segments,
+    attend,
+    attention_mask,
+    chosen_kernel,
+    extend,
+)
 from nextstep_jax.models.config import DecoderConfig
 
 # Packed rows with padding at the end, at the start, and nowhere.
@@ -117,3 +124,21 @@ def test_cache_counts_positions_from_the_start_of_each_row():
     slots = [[1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1]]
     np.testing.assert_array_equal(segments.kv, slots)
     assert int(segments.q_offset) == 3
+
+
+@pytest.mark.parametrize(
+    ("case", "kernel"),
+    [
+        (("tpu", jnp.bfloat16, 4096, 128), "splash"),
+        (("tpu", jnp.float32, 128, 128), "splash"),
+        (("tpu", jnp.bfloat16, 4096, 64), "chunked"),
+        (("tpu", jnp.bfloat16, 96, 128), "xla"),
+        (("gpu", jnp.bfloat16, 96, 128), "cudnn"),
+        (("cuda", jnp.float16, 4096, 64), "cudnn"),
+        (("cuda", jnp.float32, 4096, 128), "chunked"),
+        (("cpu", jnp.float32, 2048, 128), "chunked"),
+        (("cpu", jnp.float32, 2047, 128), "xla"),
+    ],
+)
+def test_the_kernel_that_suits(case, kernel):
+    assert chosen_kernel(*case) == kernel
