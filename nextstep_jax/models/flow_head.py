@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from nextstep_jax.models.config import FlowHeadConfig
-from nextstep_jax.models.layers import Dense, LayerNorm, layer_norm
+from nextstep_jax.models.layers import Dense, LayerNorm, constrain, layer_norm
 
 _XAVIER = nn.initializers.xavier_uniform()
 _ZEROS = nn.initializers.zeros
@@ -58,6 +58,17 @@ def modulate(
     return x * (1 + scale) + shift
 
 
+def _on_rows(x, last=None):
+    """Lays values at positions of rows, (..., batch, length, values), out like the rows.
+
+    Times and noise are drawn inside the step and have no layout of their own: without this the
+    compiler lets every device compute the head for all rows.
+    """
+    if x.ndim < 3:  # a sampler's: steps or rows, and nothing to lay out
+        return x
+    return constrain(x, *(None,) * (x.ndim - 3), "act_batch", "act_len", last)
+
+
 class Block(nn.Module):
     """An AdaLN residual block whose modulation is computed apart from its MLP."""
 
@@ -79,7 +90,7 @@ class Block(nn.Module):
         """Adds the gated MLP of the modulated x."""
         shift, scale, gate = jnp.split(modulation, 3, axis=-1)
         h = modulate(self.norm(x), shift, scale)
-        return x + gate * self.mlp_out(jax.nn.silu(self.mlp_in(h)))
+        return _on_rows(x + gate * self.mlp_out(jax.nn.silu(_on_rows(self.mlp_in(h), "act_mlp"))))
 
 
 class FlowHead(nn.Module):
@@ -111,7 +122,8 @@ class FlowHead(nn.Module):
         """Times in [0, 1] to their embedding; the time is rounded to the compute dtype first."""
         c = self.config
         sinusoid = timestep_sinusoid(time.astype(self.dtype), c.frequency_dim, c.max_period)
-        return self.time_out(jax.nn.silu(self.time_in(sinusoid)))
+        hidden = _on_rows(self.time_in(_on_rows(sinusoid)))
+        return _on_rows(self.time_out(jax.nn.silu(hidden)))
 
     def embed_condition(self, condition: Float[Array, "... cond"]) -> Float[Array, "... width"]:
         """The projected hidden state to its embedding; once a token."""
@@ -141,5 +153,5 @@ class FlowHead(nn.Module):
         condition: Float[Array, "... cond"],
     ) -> Float[Array, "... token"]:
         """The plain form: velocity at (x, time) under a condition."""
-        y = self.embed_time(time) + self.embed_condition(condition)
-        return self.velocity(x, self.modulations(y))
+        y = self.embed_time(time) + _on_rows(self.embed_condition(_on_rows(condition)))
+        return _on_rows(self.velocity(_on_rows(x), self.modulations(y)))

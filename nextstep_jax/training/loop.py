@@ -153,7 +153,8 @@ def set_up(task: Task, config: LoopConfig, devices: Sequence | None = None) -> S
         return init_state(task.init_params(params_key), config.optimizer, run_key)
 
     with jax.set_mesh(mesh):
-        boxed = jax.eval_shape(make_state, jax.random.key(config.seed))
+        # The key is made inside: devices that are only compiled for cannot make one.
+        boxed = jax.eval_shape(lambda: make_state(jax.random.key(config.seed)))
         on_device = sharding.tree_shardings(boxed, mesh)
         shardings = _offloaded(on_device) if config.offload_optimizer else on_device
         abstract = sharding.abstract_with_shardings(boxed, shardings)

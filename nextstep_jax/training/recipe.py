@@ -109,7 +109,10 @@ def stage_config(name: str, argument: str) -> ConfigDict:
                 square_only=len(sides) == 1,
                 random_crop=len(sides) == 1,
             ),
-            "loss": defaults(LossConfig, draws_one_by_one=not tiny),
+            # Every chunk sums the gradient of the LM head over all devices: few and large ones.
+            "loss": defaults(
+                LossConfig, draws_one_by_one=not tiny, text_chunk=512 if tiny else 2048
+            ),
             "optimizer": optimizer_defaults(
                 learning_rate=stage.learning_rate,
                 schedule=stage.schedule,
