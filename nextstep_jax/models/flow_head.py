@@ -127,7 +127,7 @@ class FlowHead(nn.Module):
 
     def embed_condition(self, condition: Float[Array, "... cond"]) -> Float[Array, "... width"]:
         """The projected hidden state to its embedding; once a token."""
-        return self.cond_embed(condition)
+        return _on_rows(self.cond_embed(_on_rows(condition)))
 
     def modulations(self, y: Float[Array, "... width"]) -> Modulations:
         """All modulations of y = embed_time + embed_condition, for any leading axes."""
@@ -146,6 +146,16 @@ class FlowHead(nn.Module):
         h = modulate(layer_norm(h, eps=self.config.norm_eps), shift, scale)
         return self.final_proj(h).astype(jnp.float32)
 
+    def velocity_given(
+        self,
+        x: Float[Array, "... token"],
+        time: Float[Array, "..."],
+        embedded: Float[Array, "... width"],
+    ) -> Float[Array, "... token"]:
+        """The velocity at (x, time) under a condition that is embedded already."""
+        y = self.embed_time(time) + embedded
+        return _on_rows(self.velocity(_on_rows(x), self.modulations(y)))
+
     def __call__(
         self,
         x: Float[Array, "... token"],
@@ -153,5 +163,4 @@ class FlowHead(nn.Module):
         condition: Float[Array, "... cond"],
     ) -> Float[Array, "... token"]:
         """The plain form: velocity at (x, time) under a condition."""
-        y = self.embed_time(time) + _on_rows(self.embed_condition(_on_rows(condition)))
-        return _on_rows(self.velocity(_on_rows(x), self.modulations(y)))
+        return self.velocity_given(x, time, self.embed_condition(condition))

@@ -123,6 +123,19 @@ class NextStep(nn.Module):
         """The flow head at noisy tokens, float32."""
         return self.flow_head(x, time, condition)
 
+    def embed_condition(self, condition: Float[Array, "... embed"]) -> Float[Array, "... width"]:
+        """What the flow head makes of a condition; once a token."""
+        return self.flow_head.embed_condition(condition)
+
+    def velocity_given(
+        self,
+        x: Float[Array, "... token"],
+        time: Float[Array, "..."],
+        embedded: Float[Array, "... width"],
+    ) -> Float[Array, "... token"]:
+        """`velocity` where the condition is embedded already (`embed_condition`)."""
+        return self.flow_head.velocity_given(x, time, embedded)
+
     def embed_times(self, times: Float[Array, " steps"]) -> Float[Array, "steps width"]:
         """The flow head's embedding of the sampler's times; once a call."""
         return self.flow_head.embed_time(times)

@@ -144,8 +144,14 @@ class Setup:
     step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
-def set_up(task: Task, config: LoopConfig, devices: Sequence | None = None) -> Setup:
-    """Mesh, abstract state, shardings and the two jitted functions of a run."""
+def set_up(task: Any, config: LoopConfig, devices: Sequence | None = None) -> Setup:
+    """Mesh, abstract state, shardings and the two jitted functions of a run.
+
+    Args:
+        task: A task, or of one only `init_params`, `loss` and, if it has one, `draw`.
+        config: How long, how often, on what.
+        devices: By default all.
+    """
     mesh = meshes.make_mesh(dict(config.mesh) or None, devices, dict(config.across_slices))
 
     def make_state(key):

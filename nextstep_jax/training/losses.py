@@ -16,38 +16,50 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
 from nextstep_jax.flow import path
+from nextstep_jax.models.layers import constrain
 
 
 def chunked_cross_entropy(
     logits_fn: Callable[[jax.Array], jax.Array],
     hidden: Float[Array, "batch length embed"],
     targets: Int[Array, "batch length"],
+    weights: Float[Array, "batch length"],
     chunk: int,
 ) -> Float[Array, "batch length"]:
-    """-log p(target) at every position, float32, `chunk` positions of every row at a time.
+    """-log p(target) where a position is weighted and 0 elsewhere, float32.
 
-    The logits of a chunk, (batch, chunk, vocab) float32, are recomputed in the backward pass. A
-    chunk takes positions from all over the row: where the mesh splits the length, every device
-    has a share of each.
+    Weighted positions go first, `chunk` of every row at a time; chunks in which no row has one are
+    left out when the program runs. The logits of a chunk, (batch, chunk, vocab) float32, are
+    recomputed in the backward pass.
     """
     batch, length, embed = hidden.shape
     chunk = min(chunk, length)
-    num_chunks = -(-length // chunk)
-    pad = num_chunks * chunk - length
+    pad = -length % chunk
+    order = jnp.argsort(weights == 0, axis=1, stable=True)
 
     def split(x):  # (batch, length, ...) -> (chunks, batch, chunk, ...)
+        index = order.reshape(*order.shape, *(1,) * (x.ndim - 2))
+        x = jnp.take_along_axis(x, index, axis=1)
         x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, chunk, num_chunks, *x.shape[2:]), 2, 0)
+        return jnp.moveaxis(x.reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
+
+    def errors(h, target):
+        logits = logits_fn(constrain(h, "act_batch", "act_len", "act_embed")).astype(jnp.float32)
+        picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - picked
+
+    def nothing(h, target):
+        return jnp.zeros(target.shape, jnp.float32)
 
     @jax.checkpoint
     def body(_, xs):
-        h, target = xs
-        logits = logits_fn(h).astype(jnp.float32)
-        picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-        return None, jax.nn.logsumexp(logits, axis=-1) - picked
+        h, target, weight = xs
+        found = lax.cond(jnp.any(weight != 0), errors, nothing, h, target)
+        return None, jnp.where(weight != 0, found, 0.0)
 
-    _, errors = lax.scan(body, None, (split(hidden), split(targets)))
-    return jnp.moveaxis(errors, 0, 2).reshape(batch, chunk * num_chunks)[:, :length]
+    _, found = lax.scan(body, None, (split(hidden), split(targets), split(weights)))
+    found = jnp.moveaxis(found, 0, 1).reshape(batch, length + pad)
+    return jnp.take_along_axis(found, jnp.argsort(order, axis=1), axis=1)
 
 
 def next_position(x: Shaped[Array, "batch length"]) -> Shaped[Array, "batch length"]:
@@ -69,7 +81,7 @@ def gather_image_positions(
 
 def flow_matching_error(
     velocity_fn: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-    conditions: Float[Array, "batch n embed"],
+    conditions: Float[Array, "batch n width"],
     tokens: Float[Array, "batch n token"],
     times: Float[Array, "draws batch n"],
     noise: Float[Array, "draws batch n token"],

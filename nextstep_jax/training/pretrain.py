@@ -117,22 +117,24 @@ def position_losses(
 
     rows = (batch["token_ids"], batch["latents"], batch["positions"], batch["segment_ids"])
     hidden = apply("hidden", *rows)
-    targets = next_position(batch["token_ids"])
+    targets, text_weights = (next_position(batch[k]) for k in ("token_ids", "text_weights"))
     text = chunked_cross_entropy(
-        lambda h: apply("text_logits", h), hidden, targets, config.text_chunk
+        lambda h: apply("text_logits", h), hidden, targets, text_weights, config.text_chunk
     )
     order, weights = gather_image_positions(batch["image_weights"], times.shape[-1])
     # The hidden state before an image token is its condition.
     before = jnp.take_along_axis(hidden, jnp.maximum(order - 1, 0)[..., None], axis=1)
+    before = constrain(before, "act_batch", "act_len", "act_embed")
     image = flow_matching_error(
-        lambda x, t, c: apply("velocity", x, t, c),
-        apply("condition", constrain(before, "act_batch", "act_len", "act_embed")),
+        lambda x, t, y: apply("velocity_given", x, t, y),
+        # Once a token, whatever the number of draws.
+        apply("embed_condition", apply("condition", before)),
         jnp.take_along_axis(batch["latents"], order[..., None], axis=1),
         times,
         noise,
         one_by_one=config.draws_one_by_one,
     )
-    return PositionLosses(text, next_position(batch["text_weights"]), image, weights, order)
+    return PositionLosses(text, text_weights, image, weights, order)
 
 
 def nextstep_losses(

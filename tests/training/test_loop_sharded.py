@@ -177,8 +177,9 @@ def test_constraints_reach_the_compiler(start, single):
     """Counted in the lowered text; without the rules there is none."""
     run = start(ALL)
     # Forward six around the decoder (block in and out, heads, mlp, last hidden, what the flow head
-    # is told) and nine in the flow head; backward all but those of times and noise.
-    assert num_constraints(run.lowered) == 6 + 9 + 13
+    # is told) and nine in the flow head; backward all but those of times and noise; and those of
+    # a chunk of the logits, forward, again and backward.
+    assert num_constraints(run.lowered) == 6 + 9 + 13 + 3
     task, config = run.task, loop.LoopConfig()
     step = jax.jit(make_train_step(task.loss, config.optimizer))
     state = run.setup.abstract

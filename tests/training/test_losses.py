@@ -23,7 +23,9 @@ def text():
 
 
 def chunked(hidden, kernel, text, chunk):
-    errors = losses.chunked_cross_entropy(lambda h: h @ kernel, hidden, text["targets"], chunk)
+    errors = losses.chunked_cross_entropy(
+        lambda h: h @ kernel, hidden, text["targets"], text["weights"], chunk
+    )
     return jnp.sum(text["weights"] * errors)
 
 
@@ -67,6 +69,28 @@ def test_chunked_cross_entropy_survives_large_logits():
     assert float(chunked(hidden, kernel, text, 2)) == 0.0
     text["targets"] = jnp.ones((1, 3), jnp.int32)
     assert float(chunked(hidden, kernel, text, 2)) == 3e4
+
+
+def test_chunks_without_weights_are_left_out(text):
+    """The weighted 2 and 5 of 13 positions need two chunks of three; the rest is not computed."""
+    calls = []
+
+    def logits(h):
+        jax.debug.callback(lambda _: calls.append(1), h[0, 0, 0])
+        return h @ text["kernel"]
+
+    weights = np.zeros((BATCH, LENGTH), np.float32)
+    weights[0, [3, 9]], weights[1, [0, 2, 5, 11, 12]] = 0.5, 2.0
+    args = (text["hidden"], text["targets"], jnp.asarray(weights), 3)
+    errors = jax.jit(lambda *a: losses.chunked_cross_entropy(logits, *a, 3))(*args[:3])
+    jax.effects_barrier()
+    assert len(calls) == 2
+    nll = optax.softmax_cross_entropy_with_integer_labels(
+        text["hidden"] @ text["kernel"], text["targets"]
+    )
+    np.testing.assert_allclose(errors, np.where(weights > 0, nll, 0), rtol=1e-5)
+    nobody = losses.chunked_cross_entropy(logits, *args[:2], jnp.zeros((BATCH, LENGTH)), 3)
+    np.testing.assert_array_equal(nobody, np.zeros((BATCH, LENGTH)))
 
 
 def test_next_position():
