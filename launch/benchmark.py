@@ -1,4 +1,4 @@
-"""Measures parts of the system, compile time apart and competitors side by side.
+r"""Measures parts of the system, compile time apart and competitors side by side.
 
 flow_head: one image token, from noise to data in Euler steps, with the flow head of NextStep-1
 (arXiv 2508.10711, Table 6) in two forms: naive (time, condition and modulations anew at every
@@ -16,11 +16,22 @@ data: documents, images and tokens per second of the whole data pipeline on one 
 format of the source and size of the images, beside decoding and resizing alone; then with threads
 on all cores.
 
+train: the training step that the trainer runs, on random packed rows: seconds, tokens per second,
+FLOPs and MFU; with --against=torch beside the same step in plain PyTorch, from the same weights
+and with the same losses.
+
+checkpoint: a train state of a given size to disk and back, on the same mesh and on another: how
+long a save blocks training, bytes per second, and plain .npy files beside it.
+
 Examples:
     python launch/benchmark.py flow_head --head=b --steps=28 --rows=2 --json=flow_head.json
     python launch/benchmark.py sampling --size=14b --steps=28 --tokens=256 --dtype=bfloat16
     python launch/benchmark.py import_memory --gigabytes=6.5
     python launch/benchmark.py data --formats=folder,tars,records --sizes=256,512 --threads=1,2
+    python launch/benchmark.py train --size=tiny --rows=4 --length=512 --against=torch
+    python launch/benchmark.py train --size=1.5b --length=8192 --rows=1 --dtype=bfloat16 \
+        --attention=cudnn --remat=nothing_saveable --against=torch
+    python launch/benchmark.py checkpoint --gigabytes=3 --mesh=fsdp:8 --other_mesh=fsdp:4,tensor:2
 """
 
 import argparse
@@ -42,13 +53,24 @@ from absl.flags import argparse_flags
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from nextstep_jax.evaluation import data_speed, roofline, sampling_speed, timing
+from nextstep_jax.evaluation import (
+    checkpoint_speed,
+    data_speed,
+    roofline,
+    sampling_speed,
+    timing,
+    torch_train,
+    train_speed,
+)
 from nextstep_jax.evaluation import import_memory as memory
 from nextstep_jax.flow.solvers import SOLVERS
 from nextstep_jax.models.config import DECODERS, FLOW_HEADS, NextStepConfig, nextstep_config
 from nextstep_jax.models.flow_head import FlowHead
 from nextstep_jax.models.nextstep import NextStep
+from nextstep_jax.parallel.mesh import parse_axes
 from nextstep_jax.sampling.generate import SamplerConfig
+from nextstep_jax.training.experiment import build_model_config
+from nextstep_jax.training.logs import set_up_logging
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,6 +347,73 @@ def _data_flags(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=int, default=default.repeats, help="timed rounds")
 
 
+def train(args: argparse.Namespace) -> dict[str, Any]:
+    """The training step, and PyTorch's beside it.
+
+    Raises:
+        ValueError: An unknown name, a number out of range, or PyTorch is asked for and missing.
+    """
+    parts = {name: _sizes(name, getattr(args, name)) for name in ("decoder", "flow_head")}
+    model = build_model_config({"size": args.size, "head": args.head, **parts})
+    names = ("rows", "length", "dtype", "attention", "remat", "accumulate", "repeats")
+    setting = train_speed.Setting(
+        model,
+        **{name: getattr(args, name) for name in (*names, "against", "torch_attention", "seed")},
+        mesh=tuple(parse_axes(args.mesh).items()),
+    )
+    return train_speed.run(setting)
+
+
+def _sizes(name: str, text: str) -> dict[str, int]:
+    """The fields of a config written as field:size,field:size."""
+    try:
+        pairs = [part.split(":") for part in text.split(",") if part]
+        return {field: int(size) for field, size in pairs}
+    except ValueError as error:
+        raise ValueError(f"{name}={text!r} must read like embed_dim:512,num_layers:6") from error
+
+
+def _train_flags(parser: argparse.ArgumentParser) -> None:
+    add, default = parser.add_argument, train_speed.Setting(NextStepConfig())
+    add("--size", default="tiny", help=f"decoder, one of {', '.join(DECODERS)}")
+    add("--head", help=f"one of {', '.join(FLOW_HEADS)}; default: that of the size")
+    add("--decoder", default="", help="other sizes, such as embed_dim:512,num_layers:6")
+    add("--flow_head", default="", help="the same of the flow head")
+    add("--rows", type=int, default=default.rows, help="packed rows of a step, all devices")
+    add("--length", type=int, default=default.length, help="positions of a row")
+    add("--dtype", default=default.dtype, choices=("float32", "bfloat16"), help="of computation")
+    add("--attention", default=default.attention, help="attention kernel")
+    add("--remat", default=default.remat, help="what the backward pass keeps")
+    add("--accumulate", type=int, default=default.accumulate, help="parts of a step")
+    add("--mesh", default="fsdp:1", help="axes and sizes, such as fsdp:4,tensor:2")
+    add("--repeats", type=int, default=default.repeats, help="timed rounds")
+    add("--against", choices=train_speed.AGAINST, help="what to time beside it")
+    kernels = ", ".join(torch_train.TORCH_ATTENTION)
+    add("--torch_attention", default=default.torch_attention, help=f"one of {kernels}")
+    add("--seed", type=int, default=default.seed, help="of rows, weights and draws")
+
+
+def checkpoint(args: argparse.Namespace) -> dict[str, Any]:
+    """Saving and restoring a train state.
+
+    Raises:
+        ValueError: A number out of range, no such folder, or too few devices.
+    """
+    names = ("mesh", "other_mesh")
+    meshes = {name: tuple(parse_axes(getattr(args, name)).items()) for name in names}
+    setting = checkpoint_speed.Setting(args.gigabytes, repeats=args.repeats, **meshes)
+    return checkpoint_speed.run(dataclasses.replace(setting, directory=args.dir))
+
+
+def _checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    add, default = parser.add_argument, checkpoint_speed.Setting()
+    add("--gigabytes", type=float, default=default.gigabytes, help="size of the state, at least")
+    add("--mesh", default="fsdp:8", help="where the state lies")
+    add("--other_mesh", default="fsdp:4,tensor:2", help="where it is restored to besides")
+    add("--repeats", type=int, default=default.repeats, help="timed rounds")
+    add("--dir", help="where the files are made; by default the temporary folder")
+
+
 # A new benchmark is one function and one row.
 BENCHMARKS = {
     "flow_head": Benchmark(
@@ -337,6 +426,8 @@ BENCHMARKS = {
         "peak host memory of importing a checkpoint", _import_memory_flags, import_memory
     ),
     "data": Benchmark("the data pipeline by format, per core", _data_flags, data),
+    "train": Benchmark("the training step, beside PyTorch's", _train_flags, train),
+    "checkpoint": Benchmark("saving and restoring a train state", _checkpoint_flags, checkpoint),
 }
 
 
@@ -367,5 +458,11 @@ def main(args: argparse.Namespace) -> None:
         sys.exit(f"benchmark {args.benchmark}: {error}")
 
 
+def program(args: argparse.Namespace) -> None:
+    """`main`, with warnings alone from the libraries."""
+    set_up_logging()
+    main(args)
+
+
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    app.run(program, flags_parser=parse_flags)

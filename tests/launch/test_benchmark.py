@@ -7,8 +7,8 @@ import pytest
 from flax import linen as nn
 
 from launch import benchmark
-from nextstep_jax.evaluation import sampling_speed
-from nextstep_jax.models.config import FlowHeadConfig
+from nextstep_jax.evaluation import checkpoint_speed, sampling_speed, train_speed
+from nextstep_jax.models.config import FlowHeadConfig, nextstep_config
 from nextstep_jax.models.flow_head import FlowHead
 from nextstep_jax.models.nextstep import NextStep
 from nextstep_jax.sampling import generate
@@ -218,3 +218,79 @@ def test_data_report(tmp_path, capsys):
 def test_bad_flags_of_data(flag, message):
     with pytest.raises(SystemExit, match=f"benchmark data: {message}"):
         benchmark.main(benchmark.parse_flags([PROGRAM, "data", flag]))
+
+
+def run_captured(monkeypatch, module, flags):
+    """The setting that a subcommand makes of its flags; nothing is measured."""
+    seen = []
+    monkeypatch.setattr(module, "run", lambda setting: seen.append(setting) or {})
+    benchmark.main(benchmark.parse_flags([PROGRAM, *flags]))
+    return seen[0]
+
+
+def test_flags_of_train(monkeypatch):
+    flags = ["--size=1.5b", "--length=8192", "--rows=8", "--dtype=bfloat16", "--attention=chunked"]
+    flags += ["--remat=nothing_saveable", "--accumulate=2", "--mesh=fsdp:2,tensor:2", "--seed=3"]
+    setting = run_captured(monkeypatch, train_speed, ["train", *flags, "--repeats=7"])
+    assert setting == train_speed.Setting(
+        nextstep_config("1.5b"),
+        rows=8,
+        length=8192,
+        dtype="bfloat16",
+        attention="chunked",
+        remat="nothing_saveable",
+        accumulate=2,
+        mesh=(("fsdp", 2), ("tensor", 2)),
+        repeats=7,
+        seed=3,
+    )
+    assert setting.num_devices == 4
+    flags = ["--head=s", "--decoder=embed_dim:64,num_layers:3", "--flow_head=num_layers:5"]
+    model = run_captured(monkeypatch, train_speed, ["train", *flags]).model
+    assert (model.decoder.embed_dim, model.decoder.num_layers) == (64, 3)
+    assert (model.flow_head.num_layers, model.flow_head.width) == (5, 1024)
+    assert model.decoder.vocab_size == nextstep_config("tiny").decoder.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--size=99b", "size='99b' is unknown; choose from"),
+        ("--decoder=embed_dim", "decoder='embed_dim' must read like embed_dim:512"),
+        ("--decoder=layers:3", r"config.decoder: unknown keys \['layers'\]"),
+        ("--mesh=fsdp", "mesh 'fsdp' must read like"),
+        ("--mesh=fsdp:-1", ".*every size must be given"),
+        ("--mesh=fsdp:64", "a mesh of 64 devices, but there are 8"),
+        ("--mesh=rows:1", r"mesh axes \['rows'\] are unknown"),
+        ("--attention=flash", "attention implementation 'flash' is unknown"),
+        ("--remat=some", "remat='some' is unknown; choose from"),
+        ("--rows=0", "rows=0 must be at least 1"),
+    ],
+)
+def test_bad_flags_of_train(flag, message):
+    with pytest.raises(SystemExit, match=f"benchmark train: {message}"):
+        benchmark.main(benchmark.parse_flags([PROGRAM, "train", flag]))
+
+
+def test_flags_of_checkpoint(monkeypatch, tmp_path):
+    flags = ["--gigabytes=0.5", "--mesh=fsdp:4", "--other_mesh=data:2", f"--dir={tmp_path}"]
+    setting = run_captured(monkeypatch, checkpoint_speed, ["checkpoint", *flags])
+    assert setting == checkpoint_speed.Setting(
+        0.5, (("fsdp", 4),), (("data", 2),), directory=str(tmp_path)
+    )
+    assert run_captured(monkeypatch, checkpoint_speed, ["checkpoint"]) == (
+        checkpoint_speed.Setting()
+    )
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--gigabytes=0", "gigabytes=0.0 must be positive"),
+        ("--dir=/no/such/folder", "dir='/no/such/folder' is not a folder"),
+        ("--other_mesh=fsdp:64", "a mesh of 64 devices, but there are 8"),
+    ],
+)
+def test_bad_flags_of_checkpoint(flag, message):
+    with pytest.raises(SystemExit, match=f"benchmark checkpoint: {message}"):
+        benchmark.main(benchmark.parse_flags([PROGRAM, "checkpoint", flag]))
