@@ -76,6 +76,7 @@ EXTRAS = {
         "diffusers>=0.32,<0.43",
     ],
     "test": [
+        "pyyaml>=6,<7",
         "pytest>=9,<10",
         "pytest-xdist>=3.6,<4",
         "beartype>=0.22,<0.24",

@@ -178,10 +178,12 @@ def prepare_model(
     preset = preset_from_settings(config["sampling"])
     model_config = experiment.build_model_config(config["model"])
     # A run that goes on has parameters and a tokenizer of its own; what it began with may be gone.
-    before = None
-    if config.get("init_from") and not _goes_on(workdir):
+    before, goes_on = None, _goes_on(workdir)
+    if config.get("init_from") and not goes_on:
         before = open_start(pathlib.Path(config["init_from"]), model_config)
     if tokenizer_dir is None:
+        if not before and not goes_on:
+            raise ValueError("an image tokenizer is missing: give --tokenizer, or config.init_from")
         tokenizer_dir = before.directory if before else pathlib.Path(workdir)
     vae_config, load_vae = open_image_tokenizer(pathlib.Path(tokenizer_dir))
     vae_params = load_vae()

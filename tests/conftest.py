@@ -49,6 +49,11 @@ def _prepare_environment() -> None:
     env.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
     # A bound also switches on the file lock that makes the cache safe between processes.
     env.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 * 2**30))
+    # TPU's compiler, where launch/test.sh puts it, and no waiting for another worker's.
+    libtpu = ROOT / ".cache" / "libtpu" / "libtpu" / "libtpu.so"
+    if libtpu.is_file():
+        env.setdefault("TPU_LIBRARY_PATH", str(libtpu))
+    env.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     if "PYTEST_XDIST_WORKER" in env:
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
             env.setdefault(name, "1")
@@ -77,10 +82,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips slow, gpu and parity tests, with the reason, where they cannot or shall not run."""
+    """Skips marked tests, with the reason, where they cannot or shall not run."""
     skip_slow = pytest.mark.skip(reason="slow: give --run-slow")
     skip_gpu = pytest.mark.skip(reason="gpu: no GPU with a jax plugin on this machine")
     has_gpu = _has_gpu()
+    has_libtpu = "TPU_LIBRARY_PATH" in os.environ or importlib.util.find_spec("libtpu")
+    skip_libtpu = pytest.mark.skip(reason="libtpu: launch/test.sh installs it into .cache")
     missing = [name for name in PARITY_LIBRARIES if importlib.util.find_spec(name) is None]
     reason = f"parity: not installed: {', '.join(missing)}; pip install -e .[parity]"
     skip_parity = pytest.mark.skip(reason=reason)
@@ -89,6 +96,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip_slow)
         if "gpu" in item.keywords and not has_gpu:
             item.add_marker(skip_gpu)
+        if item.get_closest_marker("libtpu") and not has_libtpu:
+            item.add_marker(skip_libtpu)
         # Not `item.keywords`, which holds the names of folders too.
         is_parity = item.get_closest_marker("parity") is not None
         if is_parity and missing and not config.getoption("--require-parity"):

@@ -130,6 +130,9 @@ def test_a_stage_begins_with_the_one_before(workdirs, photos, caplog, tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path / "next")] == [0, 1]
     with pytest.raises(FileNotFoundError, match="before"):
         runs.train_model(config, tmp_path / "other")
+    config.init_from = ""
+    with pytest.raises(ValueError, match="image tokenizer is missing: give --tokenizer"):
+        runs.train_model(config, tmp_path / "other")
     config.init_from = str(workdirs / "model")
     config.model.decoder.mlp_dim = 80
     with pytest.raises(ValueError, match=r"init_from=.*: decoder.mlp_dim=80, there 64$"):

@@ -3,20 +3,29 @@
 The only file that knows Orbax. A checkpoint holds the train state, the position of the data
 iterator, the clock (time and samples so far) and the full configuration. Saving is asynchronous:
 what blocks is the copy to the host.
+
+Of several processes each writes its part, and all of them call everything here, in the same order.
+A save counts when every part is on disk. One that fails, as on a full disk, is logged and does not
+end the run; the one before stays, and the next is tried as ever.
 """
 
+import contextlib
 import dataclasses
 import gc
 import json
+import logging
 import pathlib
 import shutil
+import time
 from collections.abc import Iterable
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from nextstep_jax.data.pipeline import check_fingerprint
+from nextstep_jax.parallel import distributed
 
 _STATE, _DATASET = "state", "dataset"
 # Orbax's note on a checkpoint as a whole; a folder without it was not finished.
@@ -26,6 +35,11 @@ _METADATA_FILE = "_CHECKPOINT_METADATA"
 _LEAST_BYTES_OF_A_SHARE = 2**20
 # Orbax's name for a tree that is still being written in parts.
 _PARTIAL_SUFFIX = ".partial_save"
+# For how long the processes that have written their parts wait for the others'; more than a slow
+# disk needs. As late is it known that another process's part has failed. Ours.
+SAVE_SECONDS = 300
+# Orbax's errors carry the history of the file system.
+_LONGEST_REASON = 300
 # Long lists in an error message help nobody.
 _MAX_LISTED = 10
 
@@ -62,20 +76,34 @@ class Checkpoint:
     fingerprint: dict[str, Any]
 
 
+class SaveError(OSError):
+    """The last checkpoint of a run could not be written."""
+
+
 class CheckpointStore:
-    """The checkpoints of one run, in a folder of their own."""
+    """The checkpoints of one run, in a folder of their own.
+
+    Attributes:
+        num_failed: Saves that have failed since the store was opened.
+        last_save: Step of the last save that is on disk, and seconds from its beginning to there.
+    """
 
     def __init__(self, directory: pathlib.Path, keep: int = 2):
-        """Opens or makes the folder; the newest `keep` checkpoints stay."""
-        directory = pathlib.Path(directory).absolute()
-        directory.mkdir(parents=True, exist_ok=True)
-        self._checkpointer = ocp.training.Checkpointer(
-            directory,
+        """Opens or makes the folder; the newest `keep` checkpoints stay, half-written ones go."""
+        self._directory, self._keep = pathlib.Path(directory).absolute(), keep
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._checkpointer, self._pending = self._open(), None
+        self._failure: str | None = None
+        self.num_failed = 0
+        self.last_save: tuple[int, float] | None = None
+
+    def _open(self) -> ocp.training.Checkpointer:
+        return ocp.training.Checkpointer(
+            self._directory,
             context=_saving(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
             cleanup_tmp_directories=True,
         )
-        self._pending = None
 
     def latest_step(self) -> int | None:
         """Step of the newest finished checkpoint."""
@@ -91,14 +119,24 @@ class CheckpointStore:
             "fingerprint": checkpoint.fingerprint,
         }
         items = {_STATE: checkpoint.state, _DATASET: checkpoint.dataset}
-        # The loop decides when; Orbax shall neither decline nor stumble over an unfinished folder.
-        self._pending = self._checkpointer.save_checkpointables_async(
-            step,
-            items,
-            force=True,
-            overwrite=True,
-            custom_metadata=json.loads(json.dumps(metadata)),
-        )
+        self._failure, began = None, time.monotonic()
+        try:
+            # The loop decides when; Orbax shall neither decline nor stumble over an unfinished
+            # folder.
+            response = self._checkpointer.save_checkpointables_async(
+                step,
+                items,
+                force=True,
+                overwrite=True,
+                custom_metadata=json.loads(json.dumps(metadata)),
+            )
+        except Exception as error:
+            if distributed.is_active():
+                raise  # The others are in the middle of it and would wait for this process.
+            self._failed(step, error)
+            return
+        response.on_complete(lambda _: self._saved(step, time.monotonic() - began))
+        self._pending = (step, response)
 
     def restore(self, checkpoint: Checkpoint) -> Checkpoint | None:
         """The newest checkpoint on the shardings of `checkpoint.state`, or None if there is none.
@@ -120,21 +158,71 @@ class CheckpointStore:
         return dataclasses.replace(checkpoint, state=loaded[_STATE], clock=clock)
 
     def wait(self) -> None:
-        """Blocks until the last save is on disk."""
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+        """Blocks until the last save is on disk, or has failed in one of the processes."""
+        if self._pending is None:
+            return
+        (step, response), self._pending = self._pending, None
+        error = None
+        try:
+            response.result()
+        except Exception as raised:
+            error = raised
+        if not distributed.all_agree(error is None, 2 * SAVE_SECONDS):
+            self._failed(step, error)
+
+    def finish(self) -> None:
+        """Waits for the last save of a run, which has to succeed.
+
+        Raises:
+            SaveError: It has not.
+        """
+        self.wait()
+        if self._failure is not None:
+            raise SaveError(self._failure)
 
     def close(self) -> None:
-        """Waits and releases the folder."""
-        self.wait()
+        """Waits and releases the folder; also in a process that ends by an error."""
+        if self._pending is not None:
+            (step, response), self._pending = self._pending, None
+            try:
+                response.result()
+            except Exception as error:
+                logging.error("checkpoint of step %d not written: %s", step, _reason(error))
+                with contextlib.suppress(Exception):  # The same error again.
+                    self._checkpointer.close()
+                return
         self._checkpointer.close()
+
+    def _saved(self, step: int, seconds: float) -> None:
+        self.last_save = (step, seconds)
+
+    def _failed(self, step: int, error: Exception | None) -> None:
+        """Notes a save that has failed, here or in another process, and clears up after it."""
+        self.num_failed += 1
+        with contextlib.suppress(Exception):  # The same error again.
+            self._checkpointer.close()
+        # Afresh from what is on disk: the old one counts the lost step among its checkpoints. The
+        # folder of the lost step goes, and with it the space that it took.
+        self._checkpointer = self._open()
+        reason = "another process could not write its part" if error is None else _reason(error)
+        newest = self.latest_step()
+        kept = "there is none yet" if newest is None else f"the newest is of step {newest}"
+        self._failure = f"the checkpoint of step {step} could not be written ({kept}): {reason}"
+        logging.error("%s", self._failure)
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= _LONGEST_REASON else text[:_LONGEST_REASON] + " ..."
 
 
 def _saving() -> ocp.Context:
     """How arrays are written."""
     context = ocp.Context()
     context.array.saving.min_slice_bytes_for_replica_parallel = _LEAST_BYTES_OF_A_SHARE
+    # It saves a fourteenth of random weights and holds a second copy of the state while it does.
+    context.array.saving.use_compression = False
+    context.asynchronous.timeout_secs = SAVE_SECONDS
     return context
 
 
@@ -242,9 +330,20 @@ def load_params(directory: pathlib.Path, *, ema: bool = True) -> tuple[Any, int]
 
 
 def save_tree(directory: pathlib.Path, tree: Any) -> None:
-    """Writes a tree of arrays once, replacing what was there."""
+    """Writes a tree of arrays once, replacing what was there.
+
+    Of several processes all call it, with the same tree where it is not sharded over them:
+    Orbax meets all of them even if one alone writes.
+    """
+    if jax.process_count() > 1:
+        # A device of one process is none of the others'; what is on the host, process 0 writes.
+        tree = jax.tree.map(_to_host, tree)
     with _saving():
         ocp.save(pathlib.Path(directory).absolute(), tree, overwrite=True)
+
+
+def _to_host(leaf):
+    return np.asarray(leaf) if getattr(leaf, "is_fully_addressable", True) else leaf
 
 
 def save_tree_in_parts(directory: pathlib.Path, parts: Iterable[Any]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from absl import app
 
+from nextstep_jax.parallel import distributed
 from nextstep_jax.training.metrics import NonFiniteError
 
 _TALKATIVE = ("absl", "jax", "orbax", "grain", "asyncio")
@@ -22,7 +23,10 @@ def set_up_logging() -> None:
 
 
 def run_program(main: Callable[[list[str]], None]) -> None:
-    """`absl.app.run`, with the logging set up and bad input as one line and exit status 1."""
+    """`absl.app.run`, with the logging set up and bad input as one line and exit status 1.
+
+    Where `main` has met other processes, an error in one ends all, and all leave together.
+    """
 
     def run(argv: list[str]) -> None:
         if len(argv) > 1:
@@ -33,6 +37,14 @@ def run_program(main: Callable[[list[str]], None]) -> None:
         # OSError: what is not there, not a folder, not permitted, or a full disk.
         except (ValueError, OSError, NonFiniteError) as error:
             logging.debug("where it was raised", exc_info=True)
+            distributed.fail(f"error: {error}")
             sys.exit(f"error: {error}")
+        except Exception as error:
+            if distributed.is_active():
+                logging.exception("a fault in the program, or another process has gone")
+                first_line = str(error).partition("\n")[0]
+                distributed.fail(f"error: {type(error).__name__}: {first_line}")
+            raise
+        distributed.finish()
 
     app.run(run)

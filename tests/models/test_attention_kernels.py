@@ -1,6 +1,5 @@
 """Every attention kernel beside "xla", which test_attention.py compares with a loop in numpy."""
 
-import importlib.util
 import re
 
 import jax
@@ -240,11 +239,8 @@ def test_splash_is_lowered_for_the_devices_of_the_mesh(policy, num_forward):
     assert sorted(KERNELS.findall(text)) == BACKWARD + [FORWARD] * num_forward
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu: pip install nextstep_jax[aot]"
-)
-def test_splash_compiles_for_a_tpu(monkeypatch):
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+@pytest.mark.libtpu
+def test_splash_compiles_for_a_tpu():
     devices = get_topology("v5p:2x2x1").devices
     mesh = make_mesh({"fsdp": 1, "context": 2, "tensor": 2}, devices)
     with jax.set_mesh(mesh), rules(), jax.default_matmul_precision("default"):

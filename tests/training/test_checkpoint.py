@@ -1,5 +1,7 @@
+import contextlib
 import json
 import logging
+import resource
 import shutil
 import types
 import weakref
@@ -342,3 +344,58 @@ def test_stored_params_of_a_run(saved):
     assert equal(part, {"b": saved.state.ema["b"]})
     params = checkpoint.stored_params(saved.directory, ema=False)
     assert equal(params.load({"b": params.abstract["b"]}), {"b": saved.state.params["b"]})
+
+
+def big_state(mesh, spec):
+    """A state of half a megabyte that does not compress."""
+    noise = jax.random.normal(jax.random.key(3), (256, 256))
+    state = make_state(mesh, spec)
+    return state.replace(opt_state=({"a": jax.device_put(noise, NamedSharding(mesh, spec))},))
+
+
+@contextlib.contextmanager
+def full_disk(num_bytes=20_000):
+    """The kernel refuses files to grow beyond that, as it does on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_fails_the_save_alone(tmp_path, meshes, caplog):
+    """The one before stays, what was half written goes, and the next is written as ever."""
+    store, state = CheckpointStore(tmp_path), big_state(meshes.first, meshes.rows)
+    store.save(2, make(state, numbers(2)))
+    store.finish()
+    assert (store.num_failed, store.last_save[0]) == (0, 2)
+    assert 0 < store.last_save[1] < 60
+    with full_disk():
+        store.save(4, make(state, numbers(4)))
+        store.wait()
+    assert store.num_failed == 1
+    said = "the checkpoint of step 4 could not be written (the newest is of step 2)"
+    assert said in caplog.text
+    assert (store.latest_step(), store.last_save[0]) == (2, 2)
+    store.save(6, make(state, numbers(6)))
+    store.finish()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "6"]
+    assert (store.num_failed, store.latest_step(), store.last_save[0]) == (1, 6, 6)
+    with full_disk():
+        store.save(8, make(state, numbers(8)))
+        with pytest.raises(checkpoint.SaveError, match="of step 8 could not be written"):
+            store.finish()
+    store.close()
+    iterator = numbers()
+    assert equal(restore(tmp_path, state, iterator=iterator).state, state)
+    assert next(iterator) == 6
+
+
+def test_closing_does_not_hide_an_error(tmp_path, meshes, caplog):
+    """A run that ends by an error says that, and only logs what became of the save."""
+    store = CheckpointStore(tmp_path)
+    with full_disk():
+        store.save(4, make(big_state(meshes.first, meshes.rows), numbers(4)))
+        store.close()
+    assert "checkpoint of step 4 not written" in caplog.text

@@ -27,6 +27,8 @@ def checksum(batch):
     """24 bits of all bits of a batch and their places, exact as a float32."""
     total = jnp.uint32(0)
     for leaf in jax.tree.leaves(batch):
+        # Narrow integers as wide ones; all others have 32 bits.
+        leaf = leaf.astype(jnp.int32) if leaf.dtype.itemsize < 4 else leaf
         bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32).ravel()
         odd = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
         total = total * jnp.uint32(31) + jnp.sum(bits * odd)
