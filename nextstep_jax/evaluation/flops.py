@@ -110,6 +110,24 @@ def training_flops(
     )
 
 
+def sampling_flops(config: NextStepConfig, *, rows: int, context: float | int, steps: int) -> float:
+    """FLOPs of one image token of every image; no logits, and the time's embedding not counted.
+
+    Args:
+        config: The model.
+        rows: Images times guidance branches.
+        context: Positions in the cache, on average over the image.
+        steps: Evaluations of the flow head for a token.
+    """
+    d, f = config.decoder, config.flow_head
+    projectors = (config.token_dim + d.embed_dim) * d.embed_dim
+    attention = 2 * d.num_layers * d.num_heads * d.head_dim * context
+    # The condition is embedded once a token, everything else of the head once a step.
+    condition, time = d.embed_dim * f.width, (f.frequency_dim + f.width) * f.width
+    head = condition + steps * (flow_head_weights(config) - condition - time)
+    return 2.0 * rows * (decoder_weights(config) + attention + projectors + head)
+
+
 # (part of what a device calls itself in lower case, dtype -> dense peak in TFLOP/s); the first
 # match counts. A device is what JAX calls one: a chip, but half a chip of TPU7x. From Google's
 # pages of the Cloud TPU versions and NVIDIA's data sheets, without structured sparsity; for TPUs

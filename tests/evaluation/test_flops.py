@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from nextstep_jax.evaluation.flops import peak_flops, training_flops
+from nextstep_jax.evaluation.flops import peak_flops, sampling_flops, training_flops
+from nextstep_jax.models.attention import KVCache
 from nextstep_jax.models.config import nextstep_config
 from nextstep_jax.models.nextstep import NextStep, init_params
+from nextstep_jax.sampling.generate import SamplerConfig, SamplerState, embed_times, sample_step
 from nextstep_jax.training.pretrain import nextstep_losses
 
 ROWS, LENGTH = 2, 128
@@ -77,6 +79,37 @@ def test_forward_and_backward_are_what_xla_counts():
 def test_image_positions_cost_what_xla_says():
     more = counted_by_xla(LENGTH, True) - counted_by_xla(LENGTH // 4, True)
     assert ours(LENGTH).total - ours(LENGTH // 4).total == pytest.approx(more, rel=0.03)
+
+
+def test_a_sampled_token_is_what_xla_counts():
+    model, context, rows = NextStep(wide_config(), scan_layers=False), 64, 2
+    # One evaluation of the head: the solver's steps are a loop.
+    config = SamplerConfig(solver="ode", num_steps=1)
+
+    def start(key):
+        params = nn.unbox(init_params(model, key))
+        cache = KVCache.empty(
+            model.config.decoder, rows, context, jnp.zeros(rows, jnp.int32), jnp.float32
+        )
+        state = SamplerState(
+            cache=cache,
+            hidden=jnp.zeros((rows, model.config.decoder.embed_dim)),
+            tokens=jnp.zeros((1, 8, model.config.token_dim)),
+            index=jnp.zeros((), jnp.int32),
+            keys=jax.random.split(key, 1),
+        )
+        return params, state, embed_times(model, params, config)
+
+    args = jax.eval_shape(start, jax.random.key(0))
+    step = functools.partial(sample_step, model, guidance=jnp.ones(2), config=config)
+    counted = jax.jit(step).lower(*args).cost_analysis()["flops"]
+    expected = sampling_flops(model.config, rows=rows, context=context, steps=1)
+    assert counted == pytest.approx(expected, rel=0.02)
+    # A step more reads the head's MLPs and modulations again: 2 FLOPs a value and row.
+    more = sampling_flops(model.config, rows=rows, context=context, steps=2) - expected
+    width = model.config.flow_head.width
+    per_step = 2 * (2 + 3) * width**2 + 2 * width**2 + 2 * 64 * width
+    assert more == 2 * rows * per_step
 
 
 def test_published_model_by_hand():
