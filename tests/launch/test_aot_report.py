@@ -1,6 +1,5 @@
 """What launch/aot_report.py says, and one compilation of the 14B step for a real topology."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -15,12 +14,6 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROGRAM = "launch/aot_report.py"
 TINY = "--config=configs/pretrain_stage1.py:tiny"
 FULL = ("--config=configs/pretrain_stage1.py:14b", "--config.data.row_length=4096")
-# Where launch/test.sh puts it, apart from the environment.
-LIBTPU = ROOT / ".cache/libtpu/libtpu/libtpu.so"
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None and not LIBTPU.is_file(),
-    reason="libtpu: launch/test.sh installs it, or pip install nextstep_jax[aot]",
-)
 
 
 def run(*flags, timeout=120):
@@ -31,13 +24,9 @@ def run(*flags, timeout=120):
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
         # A third to a half of the time; the planned peak moves by a few percent.
         "JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0",
-        # No waiting for another worker's libtpu.
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
     # Splash attention has no such products.
     env.pop("JAX_DEFAULT_MATMUL_PRECISION", None)
-    if LIBTPU.is_file():
-        env["TPU_LIBRARY_PATH"] = str(LIBTPU)
     pipes = {"capture_output": True, "text": True, "check": False}
     return subprocess.run(command, cwd=ROOT, env=env, timeout=timeout, **pipes)
 
@@ -104,7 +93,8 @@ def test_entries_of_flags():
         read_options(["a"])
 
 
-@needs_libtpu
+@pytest.mark.libtpu
+@pytest.mark.slow
 def test_a_slice_that_is_too_small_is_refused(tmp_path):
     flags = (*FULL, "--topology=v6e:2x4", "--mesh=fsdp:8", "--config.data.rows_per_batch=16")
     report, text = report_of(tmp_path / "report.json", *flags, timeout=600, status=3)
@@ -117,7 +107,8 @@ def test_a_slice_that_is_too_small_is_refused(tmp_path):
     assert "loop.accumulate" in text
 
 
-@needs_libtpu
+@pytest.mark.libtpu
+@pytest.mark.slow
 def test_the_published_model_fits_a_v5p_slice(tmp_path):
     flags = (*FULL, "--topology=v5p:4x4x4", "--mesh=fsdp:64", "--config.data.rows_per_batch=64")
     report, _ = report_of(tmp_path / "report.json", *flags, timeout=900)

@@ -1,5 +1,3 @@
-import importlib.util
-import pathlib
 import re
 import subprocess
 import sys
@@ -14,23 +12,8 @@ from nextstep_jax.evaluation.flops import peak_flops
 from nextstep_jax.parallel import topologies
 from nextstep_jax.parallel.topologies import get_topology
 
-# Where launch/test.sh puts it, apart from the environment.
-LIBTPU = pathlib.Path(__file__).resolve().parents[2] / ".cache/libtpu/libtpu/libtpu.so"
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None and not LIBTPU.is_file(),
-    reason="libtpu: launch/test.sh installs it, or pip install nextstep_jax[aot]",
-)
 
-
-@pytest.fixture(autouse=True)
-def shared_libtpu(monkeypatch):
-    """A test process would keep libtpu's lock until its end."""
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    if LIBTPU.is_file():
-        monkeypatch.setenv("TPU_LIBRARY_PATH", str(LIBTPU))
-
-
-@needs_libtpu
+@pytest.mark.libtpu
 @pytest.mark.parametrize(
     ("name", "num_slices", "count", "kind"),
     [
@@ -51,7 +34,7 @@ def test_tpu_topologies(name, num_slices, count, kind):
     assert peak_flops(found.device_kind, "bfloat16") > 1e14
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 @pytest.mark.parametrize("name", ["v5p:2x2x1", "v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])
 def test_memory_is_what_the_compiler_says(name):
     found = get_topology(name)
@@ -80,7 +63,7 @@ def test_unknown_names_list_the_forms(name, num_slices):
         get_topology(name, num_slices)
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 def test_shapes_that_libtpu_refuses():
     with pytest.raises(ValueError, match=r"topology='v5p:3x3'.*not divisible.*accepted are"):
         get_topology("v5p:3x3")
@@ -136,7 +119,7 @@ def test_waits_for_the_lock_of_libtpu(monkeypatch):
         get_topology("v5p:4x4x4", patience_s=0.0)
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 def test_second_process_waits(monkeypatch):
     monkeypatch.delenv("ALLOW_MULTIPLE_LIBTPU_LOAD")
     program = (
