@@ -22,6 +22,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from nextstep_jax.evaluation import scale_report
+from nextstep_jax.parallel.mesh import parse_axes
 from nextstep_jax.parallel.topologies import get_topology
 from nextstep_jax.training import experiment
 from nextstep_jax.training.logs import run_program
@@ -44,21 +45,6 @@ _PATIENCE = flags.DEFINE_float("patience", 600.0, "Seconds to wait for another u
 _JSON = flags.DEFINE_string("json", None, "Also write the report to this file.")
 
 
-def read_mesh(entries: list[str]) -> dict[str, int]:
-    """Axis -> size of entries like "fsdp:64".
-
-    Raises:
-        ValueError: An entry of another form; what the axes are is for `make_mesh` to say.
-    """
-    axes = {}
-    for entry in entries:
-        name, _, size = entry.partition(":")
-        if not size.lstrip("-").isdigit() or name in axes:
-            raise ValueError(f"mesh={','.join(entries)!r} must be AXIS:SIZE,..., as in fsdp:64")
-        axes[name] = int(size)
-    return axes
-
-
 def read_options(entries: list[str]) -> dict[str, str]:
     """Name -> value of entries like "xla_tpu_scoped_vmem_limit_kib=98304".
 
@@ -75,7 +61,7 @@ def make_report() -> dict:
     """The report that the flags ask for."""
     config = experiment.plain(_CONFIG.value)
     options = read_options(_OPTIONS.value)
-    axes = None if _MESH.value is None else read_mesh(_MESH.value)
+    axes = None if _MESH.value is None else parse_axes(",".join(_MESH.value))
     topology = get_topology(_TOPOLOGY.value, _SLICES.value, _PATIENCE.value)
     if topology.devices[0].platform == "gpu":
         # There is no GPU to try variants of a kernel on.

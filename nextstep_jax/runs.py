@@ -22,7 +22,6 @@ from nextstep_jax.data.faults import DocumentError
 from nextstep_jax.data.schema import Text
 from nextstep_jax.data.sources import DocumentSource
 from nextstep_jax.data.tolerance import good_documents
-from nextstep_jax.evaluation.flops import peak_flops, training_flops
 from nextstep_jax.evaluation.hooks import ReconstructionHook, SampleHook, sampling_params
 from nextstep_jax.interop.model_directory import (
     write_model_directory,
@@ -32,6 +31,7 @@ from nextstep_jax.interop.perceptual_weights import read_lpips
 from nextstep_jax.interop.pretrained import open_image_tokenizer
 from nextstep_jax.interop.start import open_start
 from nextstep_jax.models.config import VAEConfig
+from nextstep_jax.models.flops import peak_flops
 from nextstep_jax.models.nextstep import NextStep
 from nextstep_jax.models.perceptual import Lpips
 from nextstep_jax.models.vae import VAE
@@ -55,7 +55,15 @@ _CACHE_BYTES = 2 * 2**30
 
 
 def use_compilation_cache(directory: pathlib.Path) -> None:
-    """Keeps compiled programs in a folder; a cache that the environment names is left alone."""
+    """Keeps compiled programs in a folder; a cache that the environment names is left alone.
+
+    Several CPU devices have none.
+    """
+    if jax.default_backend() == "cpu" and jax.local_device_count() > 1:
+        # Read from the cache, a program of several CPU devices runs its collectives in another
+        # order on each of them, and the devices wait for each other (jaxlib 0.10.2).
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     jax.config.update("jax_compilation_cache_dir", str(directory))
@@ -179,8 +187,13 @@ def prepare_model(
     model_config = experiment.build_model_config(config["model"])
     # A run that goes on has parameters and a tokenizer of its own; what it began with may be gone.
     before, goes_on = None, _goes_on(workdir)
-    if config.get("init_from") and not goes_on:
-        before = open_start(pathlib.Path(config["init_from"]), model_config)
+    start = config.get("init_from")
+    if goes_on and start:
+        logging.info("the run goes on from its own checkpoint; init_from=%s is not read", start)
+    elif start:
+        before = open_start(pathlib.Path(start), model_config)
+    elif start == "" and not goes_on:
+        logging.warning("init_from is empty: the parameters begin as noise")
     if tokenizer_dir is None:
         if not before and not goes_on:
             raise ValueError("an image tokenizer is missing: give --tokenizer, or config.init_from")
@@ -190,10 +203,14 @@ def prepare_model(
     vae = VAE(vae_config)
     if before:
         before.check_image_tokenizer(vae_config, vae_params)
-    tokenizer = (before and before.tokenizer) or experiment.load_or_train_text_tokenizer(
-        pathlib.Path(workdir) / "tokenizer.json",
-        experiment.build_sources(config),
-        model_config.decoder.vocab_size,
+    tokenizer = (
+        before.tokenizer
+        if before
+        else experiment.load_or_train_text_tokenizer(
+            pathlib.Path(workdir) / "tokenizer.json",
+            experiment.build_sources(config),
+            model_config.decoder.vocab_size,
+        )
     )
     task, loop_config = experiment.build_nextstep_task(config, vae, vae_params, tokenizer)
     sampling = {**config["sampling"], "image_size": list(size)}
@@ -207,20 +224,17 @@ def prepare_model(
         args = (model, params, vae, vae_params, tokenizer)
         return NextStepPipeline(*args, preset=preset, image_size=size, mesh=mesh)
 
-    data = experiment.build_data(config)
-    yardstick = _yardstick(task, data.rows_per_batch, data.row_length)
     start = before and before.load
-    return ModelRun(task, loop_config, write, make_pipeline, start, yardstick)
+    return ModelRun(task, loop_config, write, make_pipeline, start, _yardstick(task))
 
 
-def _yardstick(task: NextStepTask, rows: int, length: int) -> Yardstick:
-    """FLOPs of a step on batches of rows of a length, and the peak of the devices here."""
-    device, config = jax.devices()[0], task.model.config
-    flops = training_flops(config, rows=rows, length=length, image_positions=task.num_positions)
+def _yardstick(task: NextStepTask) -> Yardstick:
+    """The peak of the devices here at what the model computes in."""
+    device = jax.devices()[0]
     # What jax multiplies float32 as on NVIDIA's devices unless told otherwise.
     of_float32 = "tensorfloat32" if device.platform == "gpu" else "float32"
     dtype = "bfloat16" if task.model.dtype == jnp.bfloat16 else of_float32
-    return Yardstick(flops.total, peak_flops(device.device_kind, dtype))
+    return Yardstick(peak_flops(device.device_kind, dtype))
 
 
 def seconds_per_step(task: loop.Task, config: loop.LoopConfig, num_steps: int = 20) -> float:

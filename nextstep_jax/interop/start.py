@@ -25,12 +25,12 @@ class Start:
     Attributes:
         directory: The folder.
         stored: Its parameters; of a run the last ones, not their moving average.
-        tokenizer: Its text tokenizer; None where it has none.
+        tokenizer: Its text tokenizer.
     """
 
     directory: pathlib.Path
     stored: StoredParams
-    tokenizer: TextTokenizer | None
+    tokenizer: TextTokenizer
 
     def load(self, abstract: Any) -> Any:
         """The parameters on the shardings and in the dtypes of abstract ones, and a log line.
@@ -74,7 +74,8 @@ def open_start(directory: pathlib.Path, config: NextStepConfig) -> Start:
         config: Of the model to be trained.
 
     Raises:
-        FileNotFoundError: The folder is no model directory, or has no finished checkpoint.
+        FileNotFoundError: The folder is no model directory, or has no finished checkpoint or no
+            text tokenizer.
         ValueError: Its model is another; the message lists the fields.
     """
     found = dataclasses.asdict(read_configs(directory)[0])
@@ -86,7 +87,11 @@ def open_start(directory: pathlib.Path, config: NextStepConfig) -> Start:
     else:
         stored = stored_params(directory / "checkpoints", ema=False)
     path = directory / TOKENIZER_JSON
-    return Start(directory, stored, TextTokenizer.from_file(path) if path.is_file() else None)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"init_from={directory} has no {TOKENIZER_JSON}: its ids mean nothing"
+        )
+    return Start(directory, stored, TextTokenizer.from_file(path))
 
 
 def _differing(wanted: dict[str, Any], found: dict[str, Any], prefix: str = "") -> list[str]:

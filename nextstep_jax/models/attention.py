@@ -150,7 +150,11 @@ def attend(
             run on these arrays, this platform or this mesh.
     """
     if implementation == "auto":
-        implementation = chosen_kernel(target_platform(), q.dtype, q.shape[1], q.shape[3])
+        layout = layout_in_scope()
+        ways = 1 if layout is None else layout.length_ways
+        fits = layout is None or not layout.undivided(q, k)
+        args = (q.dtype, q.shape[1], q.shape[3], ways, fits)
+        implementation = chosen_kernel(target_platform(), *args)
     if implementation not in ATTENTION_KERNELS:
         raise ValueError(
             f"attention implementation {implementation!r} is unknown;"
@@ -162,17 +166,39 @@ def attend(
     return kernel(q, k.astype(q.dtype), v.astype(q.dtype), segments)
 
 
-def chosen_kernel(platform: str, dtype: DTypeLike, length: int, head_dim: int) -> str:
+def chosen_kernel(
+    platform: str,
+    dtype: DTypeLike,
+    length: int,
+    head_dim: int,
+    length_ways: int = 1,
+    mesh_fits: bool = True,
+) -> str:
     """What "auto" stands for.
 
-    On TPUs "splash" for heads and rows in whole tiles of 128; on GPUs "cudnn" for 16-bit numbers;
-    otherwise "chunked" from `_LONG` positions on, and "xla" below.
+    On TPUs "splash" where heads and each device's part of a row come in whole tiles of 128; on
+    GPUs from Hopper on "cudnn" for 16-bit numbers and uncut rows; otherwise, or where the mesh
+    does not divide the arrays, "chunked" from `_LONG` positions on, and "xla" below.
     """
-    if platform == "tpu" and length % _TILE == 0 and head_dim % _TILE == 0:
+    tiles = length % (_TILE * length_ways) == 0 and head_dim % _TILE == 0
+    if platform == "tpu" and tiles and mesh_fits:
         return "splash"
-    if platform in ("gpu", "cuda") and jnp.dtype(dtype).itemsize == 2:
+    is_gpu = platform in ("gpu", "cuda")
+    if (
+        is_gpu
+        and jnp.dtype(dtype).itemsize == 2
+        and length_ways == 1
+        and mesh_fits
+        and _is_hopper()
+    ):
         return "cudnn"
     return "chunked" if length >= _LONG else "xla"
+
+
+def _is_hopper() -> bool:
+    """Whether this machine's GPU is Hopper or later; packed rows need that."""
+    capability = getattr(jax.devices()[0], "compute_capability", "0")
+    return float(capability) >= 9
 
 
 def _xla(q, k, v, segments):

@@ -201,7 +201,7 @@ def remat_policy(text: str) -> Callable[..., Any] | None:
     if text in REMAT_POLICIES:
         return None if text == "none" else getattr(jax.checkpoint_policies, text)
     sites = {"save": [], "offload": []}
-    for part in text.split():
+    for part in text.split() or [""]:
         verb, _, names = part.partition(":")
         if verb not in sites or not names or set(names.split(",")) - set(REMAT_SITES):
             raise ValueError(

@@ -47,8 +47,8 @@ def parse_axes(text: str) -> dict[str, int]:
     """
     axes = {}
     for part in filter(None, text.split(",")):
-        name, _, size = part.partition(":")
-        if name in axes or not size.removeprefix("-").isdigit():
+        name, _, size = part.strip().partition(":")
+        if name in axes or not size.removeprefix("-").isdecimal():
             raise ValueError(f"mesh {text!r} must read like fsdp:16,tensor:4")
         axes[name] = int(size)
     return axes
@@ -75,17 +75,24 @@ def make_mesh(
     devices = list(devices if devices is not None else jax.devices())
     shape = mesh_shape({"fsdp": -1} if axes is None else axes, len(devices))
     types = (AxisType.Auto,) * len(AXES)
-    outer = tuple((across_slices or {}).get(name, 1) for name in AXES)
-    if math.prod(outer) == 1 and set(across_slices or {}) <= set(AXES):
+    across_slices = dict(across_slices or {})
+    if any(size < 1 for size in across_slices.values()):
+        raise ValueError(f"across_slices {across_slices}: sizes are positive")
+    outer = tuple(across_slices.get(name, 1) for name in AXES)
+    if math.prod(outer) == 1 and set(across_slices) <= set(AXES):
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
 
     by_process = getattr(devices[0], "slice_index", None) is None
     groups = {d.process_index if by_process else d.slice_index for d in devices}
-    mesh_shape(across_slices, len(groups))
+    if set(across_slices) - set(AXES) or math.prod(outer) != len(groups):
+        raise ValueError(
+            f"across_slices {across_slices} must name axes of {list(AXES)} and multiply to the"
+            f" {len(groups)} {'processes' if by_process else 'slices'} there are"
+        )
     uneven = [name for name, n, k in zip(AXES, shape, outer, strict=True) if n % k]
     if uneven:
         raise ValueError(
-            f"across_slices {dict(across_slices)} does not divide {uneven} of mesh"
+            f"across_slices {across_slices} does not divide {uneven} of mesh"
             f" {dict(zip(AXES, shape, strict=True))}"
         )
     grid = mesh_utils.create_hybrid_device_mesh(

@@ -120,7 +120,8 @@ def tree_shardings(abstract: Any, mesh: Mesh | AbstractMesh) -> Any:
 
     Args:
         abstract: What `jax.eval_shape` says of an init function that keeps Flax's boxes: leaves
-            with names are placed by the table, leaves without are replicated.
+            with names are placed by the table, leaves without are replicated, boxes around
+            something without a shape lose the box.
         mesh: The mesh.
 
     Returns:
@@ -134,6 +135,8 @@ def tree_shardings(abstract: Any, mesh: Mesh | AbstractMesh) -> Any:
     def place(path, leaf):
         if not isinstance(leaf, nn.Partitioned):
             return replicated(mesh)
+        if not hasattr(leaf.value, "shape"):  # optax's mark of a parameter it leaves alone
+            return leaf.value
         name = _path_name(path)
         unknown = [axis for axis in leaf.names if axis is not None and axis not in known]
         if unknown:
@@ -184,7 +187,7 @@ def large_replicated(
     Returns:
         The largest first; nothing on a mesh that only replicates.
     """
-    if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+    if math.prod(size for name, size in mesh.shape.items() if name != "data") == 1:
         return []
     found = [
         (_path_name(path), math.prod(leaf.shape) * leaf.dtype.itemsize)

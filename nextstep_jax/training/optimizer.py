@@ -191,14 +191,16 @@ def _scale_by_factors(texts: Sequence[str]) -> optax.GradientTransformation:
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Clipping and the update as one optax transformation."""
     update = _update(config)
-    if not config.frozen:
+    if config.frozen:
+
+        def trained(params):
+            return jax.tree.map(lambda frozen: not frozen, frozen_mask(params, config.frozen))
+
+        # The gradients of frozen leaves are zero (`state.make_train_step`) and pass as they are.
+        update = optax.masked(update, trained)
+    if not config.rate_factors:
         return update
-
-    def trained(params):
-        return jax.tree.map(lambda frozen: not frozen, frozen_mask(params, config.frozen))
-
-    # The gradients of frozen leaves are zero (`state.make_train_step`) and pass as they are.
-    return optax.masked(update, trained)
+    return optax.chain(update, _scale_by_factors(config.rate_factors))
 
 
 def _update(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -222,13 +224,11 @@ def _update(config: OptimizerConfig) -> optax.GradientTransformation:
         eps=config.eps,
         mu_dtype=jnp.dtype(config.first_moment_dtype),
     )
-    factors = [_scale_by_factors(config.rate_factors)] if config.rate_factors else []
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         adam,
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(learning_rate_schedule(config)),
-        *factors,
     )
 
 

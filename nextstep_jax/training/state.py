@@ -40,7 +40,8 @@ class Mean:
 
 
 Metrics = dict[str, jax.Array]
-# (params, batch, key) -> (loss, metrics): a float32 scalar, and scalars or means to log.
+# (params, batch, key) -> (loss, metrics): a float32 scalar, and scalars or means to log. Over the
+# parts of a batch, loss and scalars are summed.
 LossFn = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, Any]]]
 # (batch, key) -> batch: adds what is drawn for, or counted over, the batch as a whole.
 DrawFn = Callable[[Any, jax.Array], Any]

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nextstep_jax.models import attention
 from nextstep_jax.models.attention import (
     KVCache,
     Segments,
@@ -133,12 +134,21 @@ def test_cache_counts_positions_from_the_start_of_each_row():
         (("tpu", jnp.float32, 128, 128), "splash"),
         (("tpu", jnp.bfloat16, 4096, 64), "chunked"),
         (("tpu", jnp.bfloat16, 96, 128), "xla"),
+        (("tpu", jnp.bfloat16, 4224, 128, 2), "chunked"),
+        (("tpu", jnp.bfloat16, 4096, 128, 2), "splash"),
+        (("tpu", jnp.bfloat16, 4096, 128, 1, False), "chunked"),
         (("gpu", jnp.bfloat16, 96, 128), "cudnn"),
+        (("gpu", jnp.bfloat16, 4096, 128, 2), "chunked"),
+        (("gpu", jnp.bfloat16, 4096, 128, 1, False), "chunked"),
         (("cuda", jnp.float16, 4096, 64), "cudnn"),
         (("cuda", jnp.float32, 4096, 128), "chunked"),
         (("cpu", jnp.float32, 2048, 128), "chunked"),
         (("cpu", jnp.float32, 2047, 128), "xla"),
     ],
 )
-def test_the_kernel_that_suits(case, kernel):
+def test_the_kernel_that_suits(case, kernel, monkeypatch):
+    monkeypatch.setattr(attention, "_is_hopper", lambda: True)
     assert chosen_kernel(*case) == kernel
+    if kernel == "cudnn":
+        monkeypatch.setattr(attention, "_is_hopper", lambda: False)
+        assert chosen_kernel(*case) in ("xla", "chunked")

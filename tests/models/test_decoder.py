@@ -11,6 +11,7 @@ from nextstep_jax.models.attention import KVCache, Segments
 from nextstep_jax.models.decoder import (
     REMAT_POLICIES,
     Decoder,
+    remat_policy,
     stack_layers,
     unstack_layers,
 )
@@ -255,6 +256,8 @@ def test_a_cache_needs_unrolled_layers(tiny, cached):
 
 
 def test_unknown_remat_policy_lists_the_known_ones(tiny, batch):
+    with pytest.raises(ValueError, match="remat='' is unknown"):
+        remat_policy("")
     module = Decoder(tiny.config, remat="some")
     with pytest.raises(ValueError, match=r"remat='some' is unknown.*'nothing_saveable'.*sites"):
         module.apply({"params": tiny.stacked_params}, *batch[:2], Segments.of_row(batch[2]))

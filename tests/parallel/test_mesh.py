@@ -60,7 +60,7 @@ def test_parse_axes():
     assert parse_axes("fsdp:16,tensor:4") == {"fsdp": 16, "tensor": 4}
     assert parse_axes("fsdp:-1") == {"fsdp": -1}
     assert parse_axes("") == {}
-    for wrong in ("fsdp", "fsdp:", "fsdp=4", "fsdp:2,fsdp:4", "fsdp:x"):
+    for wrong in ("fsdp", "fsdp:", "fsdp=4", "fsdp:2,fsdp:4", "fsdp:x", "fsdp:²"):
         with pytest.raises(ValueError, match="must read like"):
             parse_axes(wrong)
 
@@ -97,9 +97,10 @@ def test_an_axis_across_slices_is_the_outer_part(by_slice):
     ("axes", "across", "match"),
     [
         ({"fsdp": 8}, {"data": 2}, r"does not divide \['data'\] of mesh"),
-        ({"fsdp": 8}, {"fsdp": 4}, "does not fit the 2 devices"),
-        ({"fsdp": 8}, {"pods": 2}, r"\['pods'\] are unknown"),
-        ({"fsdp": 8}, {"pods": 1}, r"\['pods'\] are unknown"),
+        ({"fsdp": 8}, {"fsdp": 4}, "multiply to the 2 slices there are"),
+        ({"data": -1, "fsdp": 4}, {"data": -1, "fsdp": -1}, "sizes are positive"),
+        ({"fsdp": 8}, {"pods": 2}, "must name axes of"),
+        ({"fsdp": 8}, {"pods": 1}, "must name axes of"),
     ],
 )
 def test_slices_that_do_not_fit_are_refused(axes, across, match):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from nextstep_jax.evaluation.flops import peak_flops
+from nextstep_jax.models.flops import peak_flops
 from nextstep_jax.parallel import topologies
 from nextstep_jax.parallel.topologies import get_topology
 

@@ -287,6 +287,35 @@ def test_an_offloaded_optimizer_changes_nothing(start, make_task, relative_error
         assert relative_error(jax.device_get(part(state)), jax.device_get(part(expected))) < 1e-6
 
 
+def test_a_frozen_decoder_stays_on_any_mesh(start, make_task, relative_error):
+    """Neither moved nor given moments; the rest moves as if the decoder's gradient were dropped."""
+    whole = start({"data": 1})
+    task, config = make_task(
+        loop={"mesh": dict(FSDP)},
+        optimizer={"ema_decay": 0.0, "eps": 1e-6, "frozen": ["decoder/*"]},
+    )
+    setup = loop.set_up(task, config, jax.devices("cpu"))
+    params = jax.device_get(whole.fresh().params)
+    state = init_state(jax.tree.map(np.array, params), config.optimizer, jax.random.key(4))
+    state = jax.device_put(state, setup.shardings)
+    batch = loop.to_device(setup.mesh, whole.local[0], has_length=True)
+    with jax.set_mesh(setup.mesh):
+        compiled = setup.step.lower(setup.abstract, batch).compile(compiler_options=COMPILER)
+    after, metrics = compiled(state, batch)
+    jax.tree.map(np.testing.assert_array_equal, after.params["decoder"], params["decoder"])
+    moved = jax.tree.map(
+        lambda a, b: np.abs(a - b).max(), after.params["flow_head"], params["flow_head"]
+    )
+    assert min(jax.tree.leaves(moved)) > 0
+    num_kept = sum(leaf.size for leaf in jax.tree.leaves(after.opt_state)) // 2
+    num_all = sum(leaf.size for leaf in jax.tree.leaves(params))
+    num_frozen = sum(leaf.size for leaf in jax.tree.leaves(params["decoder"]))
+    assert num_kept == pytest.approx(num_all - num_frozen, abs=3)
+    assert float(metrics["loss"]) == pytest.approx(
+        float(whole.compiled(whole.fresh(), whole.batches[0])[1]["loss"]), rel=1e-5
+    )
+
+
 def test_a_batch_that_cannot_be_cut_is_refused(devices):
     mesh = make_mesh({"fsdp": 4}, devices[:4])
     loop._check_parts({"ids": np.zeros((16, 2))}, mesh, 4)
