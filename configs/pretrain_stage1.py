@@ -5,7 +5,8 @@
 
 The argument is the size of the model (tiny, 0.5b ... 14b) and, after a comma, a folder with your
 own records; see `training/recipe.py`, which has the numbers of Table 1 (arXiv 2508.10711), and
-docs/scale.md for clusters. `--config.init_from` takes a model directory to begin with.
+docs/scale.md for clusters. The paper begins with Qwen2.5-14B: --config.init_from=DIR with what
+launch/convert.py makes of it (docs/parity.md).
 """
 
 from ml_collections import ConfigDict

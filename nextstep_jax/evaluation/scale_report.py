@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from nextstep_jax.evaluation import flops, roofline
+from nextstep_jax.evaluation import roofline
+from nextstep_jax.models import flops
 from nextstep_jax.models.config import NextStepConfig
 from nextstep_jax.models.nextstep import NextStep, init_params
 from nextstep_jax.parallel import compiled as programs
@@ -264,7 +265,18 @@ def _count(tree: Any) -> int:
 def _train_flops(
     model: NextStep, topology: Topology, rows: int, length: int, positions: int, mfu: float
 ) -> dict[str, Any]:
-    parts = flops.training_flops(model.config, rows=rows, length=length, image_positions=positions)
+    """An upper bound: no padding, and every row one document, all text besides its images.
+
+    Args:
+        model: The model.
+        topology: For the peak.
+        rows: Rows of the batch.
+        length: Positions of a row.
+        positions: Image tokens that a row may hold.
+        mfu: Share of the peak that is supposed.
+    """
+    sizes = {"rows": rows, "length": length, "image_positions": rows * positions}
+    parts = flops.training_flops(model.config, **sizes)
     found: dict[str, Any] = {**dataclasses.asdict(parts), "total": parts.total}
     peak = flops.peak_flops(topology.device_kind, jnp.dtype(model.dtype).name)
     if peak is not None:
@@ -375,12 +387,15 @@ def _describe_refusal(report: dict[str, Any]) -> list[str]:
 def _describe_flops(found: dict[str, Any]) -> list[str]:
     parts = ("decoder", "attention", "lm_head", "flow_head", "projectors")
     shares = ", ".join(f"{name} {found[name] / found['total']:.1%}" for name in parts)
-    lines = [f"model FLOPs of a step: {found['total']:.4g} ({shares})"]
+    lines = [
+        f"model FLOPs of a step: at most {found['total']:.4g} ({shares}), for rows of one document"
+        " each, with a loss on all positions as text and on as many image tokens as a row may hold"
+    ]
     if "step_s_at_peak" in found:
         lines.append(
-            f"arithmetic, not measured: {found['step_s_at_peak']:.3f} s a step at the peak of"
-            f" {found['peak_of_a_device'] / 1e12:.0f} TFLOP/s a device; at a supposed MFU of"
-            f" {found['supposed_mfu']:.0%} {found['step_s_at_supposed_mfu']:.3f} s,"
+            f"arithmetic, not measured: such a step takes {found['step_s_at_peak']:.3f} s at the"
+            f" peak of {found['peak_of_a_device'] / 1e12:.0f} TFLOP/s a device; at a supposed MFU"
+            f" of {found['supposed_mfu']:.0%} {found['step_s_at_supposed_mfu']:.3f} s,"
             f" {found['tokens_per_s_at_supposed_mfu']:,.0f} tokens/s"
         )
     return lines

@@ -4,7 +4,7 @@ Both sides train NextStep-1 (arXiv 2508.10711) on the same packed rows of text a
 from the same weights, with the same losses, clipping and AdamW, in turn in one process. The first
 step of both takes the same times and noises, so that its loss and its gradient's norm say whether
 they compute the same; the timed ones draw their own. Tokens count padding and image tokens; MFU is
-of the model's FLOPs (`flops.py`), the same number for both.
+of the FLOPs that these rows need (`models/flops.py`), the same number for both.
 
 Axes: rows, length; token = values of an image token.
 """
@@ -25,12 +25,13 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from nextstep_jax.data.schema import KINDS, Batch
-from nextstep_jax.evaluation import flops, timing, torch_train
+from nextstep_jax.evaluation import timing, torch_train
+from nextstep_jax.models import flops
 from nextstep_jax.models.config import NextStepConfig
 from nextstep_jax.models.nextstep import NextStep
 from nextstep_jax.training import loop
 from nextstep_jax.training.optimizer import OptimizerConfig
-from nextstep_jax.training.pretrain import LossConfig, NextStepObjective
+from nextstep_jax.training.pretrain import LossConfig, NextStepObjective, batch_flops
 from nextstep_jax.training.state import TrainState
 
 AGAINST = ("torch",)
@@ -280,12 +281,7 @@ def run(setting: Setting) -> dict[str, Any]:
     calls = {name: functools.partial(step, name) for name in sides}
     seconds = timing.time_interleaved(calls, setting.repeats)
     num_tokens = setting.rows * setting.length
-    count = flops.training_flops(
-        setting.model,
-        rows=setting.rows,
-        length=setting.length,
-        image_positions=num_image_positions(batch),
-    )
+    count = batch_flops(setting.model, batch)
     peak = _peak(setting)
     figures = {
         name: {

@@ -66,7 +66,8 @@ class Task(Protocol):
     def num_samples(self, batch: Mapping[str, Any]) -> int:
         """Samples in a batch of the pipeline, for the clock.
 
-        A task whose batches are rows of tokens also has a `num_tokens`: rows times length.
+        A task whose batches are rows of tokens also has a `num_tokens`: rows times length; and
+        one that knows what a step on a batch needs a `num_flops`. Both are of the global batch.
         """
 
 
@@ -248,7 +249,7 @@ def run(
             workdir: the place to write what describes it. Every process calls it.
         initial_params: Abstract parameters with their shardings -> the parameters to start from,
             in place of the task's own; not called where the workdir has a checkpoint.
-        yardstick: FLOPs of a step and the devices' peak, for the lines of metrics.
+        yardstick: The devices' peak, for the lines of metrics.
 
     Raises:
         NonFiniteError: Loss, gradient or parameters are NaN or infinite; earlier checkpoints stay
@@ -339,6 +340,7 @@ def start_from(state: TrainState, params: Any) -> TrainState:
 def _steps(task, config, setup, checkpoint, store, writer, report, profiler, hooks, stop) -> None:
     """Next, update, save, hooks; `checkpoint` holds the current state throughout."""
     num_tokens = getattr(task, "num_tokens", lambda _: 0)
+    num_flops = getattr(task, "num_flops", lambda _: 0.0)
     step_fn = None
     saved = step = int(checkpoint.state.step)
     began, seconds = time.monotonic(), checkpoint.clock.seconds
@@ -366,7 +368,7 @@ def _steps(task, config, setup, checkpoint, store, writer, report, profiler, hoo
             extra |= watch.report()
             if store.num_failed:
                 extra["failed_saves"] = store.num_failed
-        report.push(step, metrics, extra, num_tokens(local))
+        report.push(step, metrics, extra, num_tokens(local), num_flops(local))
         # NOTE: save before hooks, which may fail, and before the next batch is taken.
         if step % config.checkpoint_every == 0 or step == config.num_steps:
             report.save(store, step, checkpoint)

@@ -26,6 +26,8 @@ from nextstep_jax.data.pipeline import (
 from nextstep_jax.data.schema import KINDS
 from nextstep_jax.data.text_tokenizer import TextTokenizer
 from nextstep_jax.flow.path import logit_normal_times
+from nextstep_jax.models.config import NextStepConfig
+from nextstep_jax.models.flops import TrainingFlops, training_flops
 from nextstep_jax.models.layers import constrain
 from nextstep_jax.models.nextstep import NextStep, init_params
 from nextstep_jax.models.vae import VAE
@@ -313,6 +315,32 @@ def _share(total: Float[Array, ""], weight: Float[Array, ""]) -> Float[Array, ""
     return total / jnp.where(weight > 0, weight, 1.0)
 
 
+def batch_flops(config: NextStepConfig, batch: Batch) -> TrainingFlops:
+    """What a step on these rows needs, by their weights and documents; see `training_flops`.
+
+    Args:
+        config: The model.
+        batch: segment_ids, text_weights and image_weights of packed rows, as numpy arrays.
+    """
+    segments = np.asarray(batch["segment_ids"])
+    rows, length = segments.shape
+    # A document is a run of one number, and none goes over into the next row.
+    begins = np.ones((rows, length), bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    starts = np.flatnonzero(begins)
+    lengths = np.diff(starts, append=segments.size)[segments.ravel()[starts] > 0]
+    return training_flops(
+        config,
+        rows=rows,
+        length=length,
+        positions=int(lengths.sum()),
+        attention_pairs=int(np.sum(lengths * (lengths + 1) // 2)),
+        # Nothing predicts the first of a row.
+        text_positions=int(np.count_nonzero(batch["text_weights"][:, 1:] > 0)),
+        image_positions=int(np.count_nonzero(batch["image_weights"] > 0)),
+    )
+
+
 def tree_digest(tree: Any) -> str:
     """A short digest of the values of a tree of arrays, for fingerprints."""
     digest = hashlib.blake2b(digest_size=8)
@@ -382,6 +410,14 @@ class NextStepTask(NextStepObjective):
     def num_tokens(self, batch: Batch) -> int:
         """Positions of the rows of the global batch, padding included."""
         return batch["token_ids"].size * jax.process_count()
+
+    def num_flops(self, local: Batch) -> float:
+        """FLOPs that a step on the global batch needs, if all processes hold what this one does.
+
+        Args:
+            local: This process's rows; see `batch_flops`.
+        """
+        return batch_flops(self.model.config, local).total * jax.process_count()
 
     def num_samples(self, batch: Batch) -> int:
         """Documents in the local part of a batch, over all processes."""

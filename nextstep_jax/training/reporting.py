@@ -47,11 +47,9 @@ class Yardstick:
     """What the speed of a run is measured against.
 
     Attributes:
-        flops_per_step: Analytic FLOPs of a step, of all devices together.
         peak_flops_per_device: Dense peak in FLOP/s, or None where nobody knows it.
     """
 
-    flops_per_step: float
     peak_flops_per_device: float | None
 
 
@@ -125,6 +123,7 @@ class _Sent:
     metrics: Mapping[str, Any]
     extra: Mapping[str, Any]
     tokens: int
+    flops: float
 
 
 class RunReport:
@@ -143,12 +142,13 @@ class RunReport:
             is_logged: After which steps a line is written.
             writer: Where it goes.
             num_steps: Of the whole run, for the time that is left.
-            yardstick: See `Yardstick`; without it lines have no FLOPs.
+            yardstick: See `Yardstick`; without it lines have no MFU.
         """
         self._is_logged, self._writer, self._num_steps = is_logged, writer, num_steps
         self._yardstick = yardstick
         self._unread: list[_Sent] = []
         self._means, self._once, self._tokens = _Means(), {}, 0
+        self._flops = 0.0
         self._store, self._last_save = None, None
         self._first_line: tuple[int, float] | None = None
         self.begin(0)
@@ -162,11 +162,16 @@ class RunReport:
             **once: Further values for the next line, such as the time of compiling.
         """
         self._mark, self._paused = time.monotonic(), 0.0
-        self._before = _Sent(step, {}, {"samples": samples}, self._tokens)
+        self._before = _Sent(step, {}, {"samples": samples}, self._tokens, self._flops)
         self._once |= once
 
     def push(
-        self, step: int, metrics: Mapping[str, Any], extra: Mapping[str, Any], tokens: int = 0
+        self,
+        step: int,
+        metrics: Mapping[str, Any],
+        extra: Mapping[str, Any],
+        tokens: int = 0,
+        flops: float = 0.0,
     ) -> None:
         """Takes the metrics of a step that was just sent, and writes the line before, if due.
 
@@ -175,14 +180,16 @@ class RunReport:
             metrics: Scalars on the device; left there.
             extra: For its line: samples and seconds of the run so far, and what else is known.
             tokens: Positions of the rows of its global batch, padding included.
+            flops: What its global batch needs; 0 where nobody knows.
 
         Raises:
             NonFiniteError: An earlier step's loss or one of its norms is not finite.
         """
         self._tokens += tokens
+        self._flops += flops
         if self._unread and self._is_logged(self._unread[-1].step):
             self._read(len(self._unread))
-        self._unread.append(_Sent(step, metrics, extra, self._tokens))
+        self._unread.append(_Sent(step, metrics, extra, self._tokens, self._flops))
         self._writer.move(step)
         if len(self._unread) > _AHEAD:
             jax.block_until_ready(self._unread[-1 - _AHEAD].metrics)
@@ -251,10 +258,10 @@ class RunReport:
             if "padding" in means:
                 real = (1 - means["padding"]) * speed["tokens_per_second"]
                 speed["tokens_per_second_without_padding"] = real
-        if self._yardstick is not None:
-            achieved = self._yardstick.flops_per_step * num_steps / seconds / jax.device_count()
+        if sent.flops > before.flops:
+            achieved = (sent.flops - before.flops) / seconds / jax.device_count()
             speed["tflops_per_device"] = achieved / 1e12
-            if self._yardstick.peak_flops_per_device:
+            if self._yardstick is not None and self._yardstick.peak_flops_per_device:
                 speed["mfu"] = achieved / self._yardstick.peak_flops_per_device
         return speed
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from nextstep_jax.data.schema import KINDS
-from nextstep_jax.evaluation import flops, train_speed
+from nextstep_jax.evaluation import train_speed
+from nextstep_jax.models import flops
 from nextstep_jax.models.config import nextstep_config
 from nextstep_jax.training.experiment import build_model_config
 from nextstep_jax.training.losses import gather_image_positions
@@ -120,8 +121,20 @@ def test_run(trainer, monkeypatch):
     assert len(figures["processor_s"]) == SETTING.repeats and min(figures["processor_s"]) > 0
     assert figures["compile_s"] == ours.compile_s > 0
     assert figures["tokens_per_s"] == pytest.approx(2 * 48 / figures["median_s"])
-    positions = int(np.count_nonzero(batch["image_weights"], axis=1).max())
-    expected = flops.training_flops(SETTING.model, rows=2, length=48, image_positions=positions)
+    documents = [np.bincount(row[row > 0]) for row in batch["segment_ids"]]
+    sizes = np.concatenate(documents)
+    expected = flops.training_flops(
+        SETTING.model,
+        rows=2,
+        length=48,
+        positions=int(sizes.sum()),
+        attention_pairs=int((sizes * (sizes + 1)).sum()) // 2,
+        text_positions=int(batch["text_weights"].sum()),
+        image_positions=int(batch["image_weights"].sum()),
+    )
+    # A bound of whole rows would flatter both sides.
+    most = flops.training_flops(SETTING.model, rows=2, length=48, image_positions=2 * 48)
+    assert expected.total < 0.8 * most.total
     assert report["flops_per_step"]["total"] == expected.total
     assert figures["flops_per_s"] == pytest.approx(expected.total / figures["median_s"])
     assert figures["mfu"] == pytest.approx(figures["flops_per_s"] / 1e12)

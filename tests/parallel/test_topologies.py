@@ -1,3 +1,4 @@
+import importlib.util
 import re
 import subprocess
 import sys

@@ -8,12 +8,14 @@ from flax import linen as nn
 
 from nextstep_jax.data import packing, pipeline
 from nextstep_jax.data.shapes import ShapesSource
+from nextstep_jax.models.flops import training_flops
 from nextstep_jax.models.nextstep import NextStep, init_params
 from nextstep_jax.models.vae import from_uint8
 from nextstep_jax.parallel.mesh import make_mesh
 from nextstep_jax.training import experiment, pretrain
 from nextstep_jax.training.batch_encoding import BatchEncoder
 from nextstep_jax.training.pretrain import LossConfig
+from tests import tiny_model
 
 DRAWS, TOKEN = 2, 64
 fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -250,3 +252,36 @@ def test_no_row_exceeds_the_bound(tokenizer, make_config):
     counts = [(next(iterator)["token_ids"] == placeholder).sum(1).max() for _ in range(20)]
     iterator.close()
     assert max(counts) == 16
+
+
+def test_flops_of_rows():
+    """Documents of 5 and 3 positions and 2 of padding; then of 4, 1 and 5."""
+    segments = np.int32([[1] * 5 + [2] * 3 + [0] * 2, [1] * 4 + [2] + [3] * 5])
+    text, image = np.zeros((2, 2, 10), np.float32)
+    text[0, [0, 1, 2, 6]], text[1, [1, 9]] = 1.0, 0.5  # nothing predicts the first of a row
+    image[0, 3:5], image[1, 5:8] = 1.0, 0.5
+    batch = {"segment_ids": segments, "text_weights": text, "image_weights": image}
+    expected = training_flops(
+        tiny_model.CONFIG,
+        rows=2,
+        length=10,
+        positions=18,
+        attention_pairs=15 + 6 + 10 + 1 + 15,
+        text_positions=5,
+        image_positions=5,
+    )
+    assert pretrain.batch_flops(tiny_model.CONFIG, batch) == expected
+    # Nothing but padding.
+    empty = {name: np.zeros_like(value) for name, value in batch.items()}
+    assert pretrain.batch_flops(tiny_model.CONFIG, empty).total == 0
+
+
+def test_the_task_counts_the_batch_of_all_processes(monkeypatch):
+    task = object.__new__(pretrain.NextStepTask)
+    task.model = NextStep(tiny_model.CONFIG)
+    ones = np.ones((2, 8), np.float32)
+    batch = {"segment_ids": ones.astype(np.int32), "text_weights": ones, "image_weights": ones}
+    one = training_flops(tiny_model.CONFIG, rows=2, length=8, text_positions=14, image_positions=16)
+    assert task.num_flops(batch) == one.total
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    assert task.num_flops(batch) == 3 * one.total

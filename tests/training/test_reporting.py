@@ -217,15 +217,19 @@ class Store:
 
 
 def test_rates(monkeypatch):
-    """Steps of 2 seconds with 3 samples and 10 tokens each; saves and hooks do not count."""
+    """Steps of 2 seconds with 3 samples and 10 tokens each; saves and hooks do not count.
+
+    The batches are not alike: every third needs twice the FLOPs, 24 TFLOP a line.
+    """
     device, writer = Device(monkeypatch), Writer()
-    yardstick = Yardstick(flops_per_step=8e12, peak_flops_per_device=1e12)
+    yardstick = Yardstick(peak_flops_per_device=1e12)
     report, store = RunReport(every(3), writer, 12, yardstick), Store(device)
     device.now += 40.0  # compiling
     report.begin(0, compile_seconds=40.0)
     for step in range(1, 13):
         metrics = device.send(step, loss=1.0, padding=0.25)
-        report.push(step, metrics, {"samples": 3 * step, "seconds": 0.0}, tokens=10)
+        flops = 12e12 if step % 3 == 1 else 6e12
+        report.push(step, metrics, {"samples": 3 * step, "seconds": 0.0}, tokens=10, flops=flops)
         if step in (4, 6):
             report.save(store, step, None)
         if step == 6:
@@ -233,6 +237,7 @@ def test_rates(monkeypatch):
                 device.now += 7.0
     report.flush()
     count = jax.device_count()
+    assert [line["step"] for line in writer.lines] == [2, 5, 8, 11]
     for line in writer.lines:
         assert line["seconds_per_step"] == pytest.approx(2.0)
         assert line["samples_per_second"] == pytest.approx(1.5)
@@ -255,11 +260,27 @@ def test_rates(monkeypatch):
 
 def test_no_flops_without_a_peak(monkeypatch):
     device, writer = Device(monkeypatch), Writer()
-    for yardstick, names in ((None, set()), (Yardstick(1e12, None), {"tflops_per_device"})):
+    for yardstick, flops, names in (
+        (Yardstick(1e12), 0.0, set()),
+        (None, 1e12, {"tflops_per_device"}),
+        (Yardstick(None), 1e12, {"tflops_per_device"}),
+        (Yardstick(1e12), 1e12, {"tflops_per_device", "mfu"}),
+    ):
         report = RunReport(every(1), writer, 12, yardstick)
-        push_all(report, device, [(1.0, 1.0)])
+        report.push(1, device.send(1, loss=1.0), {"samples": 3, "seconds": 0.0}, 10, flops)
         report.flush()
         assert {"tflops_per_device", "mfu"} & set(writer.lines[-1]) == names
+
+
+def test_flops_are_those_of_the_batches_since_the_last_line(monkeypatch):
+    device, writer = Device(monkeypatch), Writer()
+    report = RunReport(every(2), writer, 6, Yardstick(1e12))
+    for step, flops in enumerate((1e12, 2e12, 0.0, 8e12, 5e12, 5e12), 1):
+        report.push(step, device.send(step, loss=1.0), {"samples": step}, 10, flops)
+    report.flush()
+    expected = [3 / 4, 8 / 4, 10 / 4]  # TFLOP over two steps of 2 seconds
+    for line, value in zip(writer.lines, expected, strict=True):
+        assert line["mfu"] * jax.device_count() == pytest.approx(value)
 
 
 def test_memory_is_that_of_the_fullest_device(monkeypatch):
@@ -298,13 +319,18 @@ def test_a_run_has_it_all(tmp_path):
         def num_tokens(self, batch):
             return 160
 
+        def num_flops(self, batch):
+            return 8e9
+
     config = LoopConfig(num_steps=4, log_every=2, checkpoint_every=2, optimizer=OPTIMIZER)
-    loop.run(Tokens(), config, tmp_path, yardstick=Yardstick(1e9, None))
+    loop.run(Tokens(), config, tmp_path, yardstick=Yardstick(None))
     lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines] == [0, 1, 3]
     for line in lines:
         assert line["tokens_per_second"] == pytest.approx(160 / line["seconds_per_step"])
         assert line["samples_per_second"] == pytest.approx(8 / line["seconds_per_step"])
+        achieved = 8e-3 / line["seconds_per_step"] / jax.device_count()
+        assert line["tflops_per_device"] == pytest.approx(achieved) and "mfu" not in line
     assert lines[0]["compile_seconds"] > 0 and lines[0]["planned_memory_gib"] > 0
     assert "compile_seconds" not in lines[1]
     assert lines[2]["checkpoint_blocking_seconds"] > 0

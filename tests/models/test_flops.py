@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from nextstep_jax.evaluation.flops import peak_flops, sampling_flops, training_flops
 from nextstep_jax.models.attention import KVCache
 from nextstep_jax.models.config import nextstep_config
+from nextstep_jax.models.flops import peak_flops, sampling_flops, training_flops
 from nextstep_jax.models.nextstep import NextStep, init_params
 from nextstep_jax.sampling.generate import SamplerConfig, SamplerState, embed_times, sample_step
 from nextstep_jax.training.pretrain import nextstep_losses
@@ -56,15 +56,20 @@ def counted_by_xla(image_positions, backward):
 
 
 def ours(image_positions):
-    sizes = {"rows": ROWS, "length": LENGTH, "image_positions": image_positions}
+    """Of whole rows, with so many image positions in each."""
+    sizes = {"rows": ROWS, "length": LENGTH, "image_positions": ROWS * image_positions}
     return training_flops(wide_config(), **sizes)
+
+
+def unseen(flops):
+    """XLA multiplies all n^2 pairs of positions, we count the n (n + 1) / 2 that are seen."""
+    return flops.attention * (LENGTH - 1) / (LENGTH + 1)
 
 
 def test_forward_is_what_xla_counts():
     flops = ours(LENGTH)
-    # XLA multiplies all pairs of positions, we count one half of them.
     assert counted_by_xla(LENGTH, False) == pytest.approx(
-        (flops.total + flops.attention) / 3, rel=0.02
+        (flops.total + unseen(flops)) / 3, rel=0.02
     )
 
 
@@ -72,7 +77,7 @@ def test_forward_and_backward_are_what_xla_counts():
     flops = ours(LENGTH)
     # The logits are computed again in the backward pass; nothing is done for the inputs'
     # gradients: those of latents and of noisy tokens, a matrix of 64 rows each.
-    expected = flops.total + flops.attention + flops.lm_head / 3
+    expected = flops.total + unseen(flops) + flops.lm_head / 3
     assert counted_by_xla(LENGTH, True) == pytest.approx(expected, rel=0.02)
 
 
@@ -116,7 +121,8 @@ def test_published_model_by_hand():
     # 48 layers of 5120 x (2 x 40 + 2 x 8) x 128 + 3 x 5120 x 13824, V = 152064, T = 4096.
     layers = 48 * (5120 * 96 * 128 + 3 * 5120 * 13_824)
     assert layers == 13_212_057_600
-    per_token = 6 * (layers + 5120 * 152_064) + 6 * 48 * 40 * 128 * 4096
+    # A position sees (T + 1) / 2 on average: two products of 128 values a head.
+    per_token = 6 * (layers + 5120 * 152_064) + 6 * 48 * 40 * 128 * 4097
     assert per_token == pytest.approx(9.0e10, rel=0.005)
     flops = training_flops(nextstep_config("14b"), rows=64, length=4096, image_positions=0)
     assert flops.total == per_token * 64 * 4096
@@ -126,20 +132,46 @@ def test_published_model_by_hand():
 def test_flow_head_of_the_published_model():
     sizes = {"rows": 1, "length": 4096, "text_positions": 0}
     flops = training_flops(nextstep_config("14b"), image_positions=1, **sizes)
-    # 157.2 M parameters, biases and norms apart; four draws.
-    assert flops.flow_head == pytest.approx(6 * 4 * 157_228_096, rel=2e-3)
     assert flops.projectors == 6 * (64 * 5120 + 5120 * 5120)
     assert flops.lm_head == 0
+    # 157.2 M parameters, biases and norms apart.
     once = training_flops(nextstep_config("14b"), image_positions=1, draws=1, **sizes)
-    assert flops.flow_head == 4 * once.flow_head
+    assert once.flow_head == pytest.approx(6 * 157_228_096, rel=2e-3)
+    # Of four draws the embedding of the condition is shared.
+    assert flops.flow_head == 4 * once.flow_head - 3 * 6 * 5120 * 1536
+
+
+def test_a_batch_costs_what_it_holds():
+    """Documents of 5 and 3 positions in a row of 10, one of 4 in the next."""
+    config = nextstep_config("tiny")  # 4 layers of 6 heads of 32 values, D = 192
+    sizes = {"rows": 2, "length": 10}
+    flops = training_flops(
+        config,
+        positions=12,
+        attention_pairs=15 + 6 + 10,
+        text_positions=4,
+        image_positions=3,
+        **sizes,
+    )
+    assert flops.decoder == 6 * 12 * 4 * (192 * 16 * 32 + 3 * 192 * 512)
+    assert flops.attention == 6 * 2 * 31 * 4 * 6 * 32
+    assert flops.lm_head == 6 * 4 * 192 * config.decoder.vocab_size
+    assert flops.projectors == 6 * 3 * (config.token_dim + 192) * 192
+    most = training_flops(config, image_positions=20, **sizes)
+    assert most.decoder == flops.decoder * 20 / 12
+    assert most.attention == flops.attention * 2 * 55 / 31
+    assert most.lm_head == flops.lm_head * 20 / 4
+    assert most.flow_head == pytest.approx(flops.flow_head * 20 / 3)
 
 
 def test_sizes_that_no_row_has():
     sizes = {"rows": 1, "length": 8}
-    with pytest.raises(ValueError, match=r"image_positions=9 must lie in \[0, length=8\]"):
+    with pytest.raises(ValueError, match=r"image_positions=9 must lie in \[0, 8\] for 1 rows"):
         training_flops(nextstep_config("tiny"), image_positions=9, **sizes)
     with pytest.raises(ValueError, match="text_positions=-1"):
         training_flops(nextstep_config("tiny"), image_positions=0, text_positions=-1, **sizes)
+    with pytest.raises(ValueError, match=r"attention_pairs=37 must lie in \[0, 36\]"):
+        training_flops(nextstep_config("tiny"), image_positions=0, attention_pairs=37, **sizes)
     with pytest.raises(ValueError, match="rows=0 must be at least 1"):
         training_flops(nextstep_config("tiny"), rows=0, length=8, image_positions=0)
 

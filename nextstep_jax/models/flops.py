@@ -4,7 +4,11 @@ Model FLOPs: the multiplications and additions of the matrix products that the m
 NextStep-1 (arXiv 2508.10711, section 2 and Table 6) needs, whatever the program does. A product of
 n rows with a weight of P values takes 2 n P; the backward pass takes twice the forward pass, so a
 step is 3 x forward (6 P a token). What rematerialisation computes again is not counted, nor are
-norms, softmax, rotations and other element-wise work. Attention is causal and counted halved.
+norms, softmax, rotations and other element-wise work. Attention is counted by the pairs of
+positions of which one may see the other, logits and the flow head where a loss is taken.
+
+Frozen parameters are not taken off, although nobody needs their gradients; nor are the gradients
+of what the network reads, three matrices of below 0.1%.
 
 The compiler's own count (`cost_analysis`) cannot stand in for this: it counts the body of a loop
 once, and the layers, the chunks of the cross-entropy and accumulation are loops.
@@ -23,9 +27,9 @@ class TrainingFlops:
 
     Attributes:
         decoder: Projections and MLPs of the blocks.
-        attention: Scores and weighted values, causal: half of all pairs of a row.
+        attention: Scores and weighted values of the pairs that see each other.
         lm_head: Logits of the text.
-        flow_head: All draws of all image positions.
+        flow_head: All draws of all image positions; the condition is embedded once a position.
         projectors: Image tokens in, conditions out.
     """
 
@@ -49,7 +53,7 @@ def decoder_weights(config: NextStepConfig) -> int:
 
 
 def flow_head_weights(config: NextStepConfig) -> int:
-    """Values of the flow head's matrices, all of which a draw passes through once."""
+    """Values of the flow head's matrices, the condition's embedding included."""
     f = config.flow_head
     block = 2 * f.width * int(f.width * f.mlp_ratio) + 3 * f.width**2
     time = (f.frequency_dim + f.width) * f.width
@@ -63,49 +67,66 @@ def training_flops(
     rows: int,
     length: int,
     image_positions: int,
-    draws: int | None = None,
     text_positions: int | None = None,
+    positions: int | None = None,
+    attention_pairs: int | None = None,
+    draws: int | None = None,
 ) -> TrainingFlops:
     """FLOPs of one training step on packed rows.
 
-    Every position of a row counts, padding included, and a row is taken for one segment: packing
-    several documents into it makes the attention cheaper only for a kernel that skips blocks.
+    What is counted is what the batch needs, however much of it the program pads. All counts are of
+    the whole batch, its micro-batches together. The defaults are upper bounds, for use before there
+    is a batch: rows full of one document, with a loss on every text position.
 
     Args:
         config: The model.
-        rows: Rows of the batch, all micro-batches of an accumulated step together.
+        rows: Rows of the batch.
         length: Positions of a row.
-        image_positions: Positions of a row that the flow loss is taken at.
-        draws: Times and noises of such a position; by default the config's `draws_per_token`.
-        text_positions: Positions of a row whose logits are needed; by default all of them, as the
-            loss computes them.
+        image_positions: Positions that the flow loss is taken at.
+        text_positions: Positions that a weighted cross-entropy is taken at; by default all.
+        positions: Positions that are not padding; by default all.
+        attention_pairs: Pairs of positions of which one sees the other, or itself: n (n + 1) / 2
+            for each document of n positions. By default every row is one document.
+        draws: Times and noises of an image position; by default the config's `draws_per_token`.
 
     Returns:
         The FLOPs by part.
 
     Raises:
-        ValueError: Sizes that no row can have.
+        ValueError: Counts that no such batch can have.
     """
-    text_positions = length if text_positions is None else text_positions
     draws = config.flow_head.draws_per_token if draws is None else draws
     for name, value in (("rows", rows), ("length", length), ("draws", draws)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    for name, value in (("image_positions", image_positions), ("text_positions", text_positions)):
-        if not 0 <= value <= length:
-            raise ValueError(f"{name}={value} must lie in [0, length={length}]")
+    everywhere, all_pairs = rows * length, rows * length * (length + 1) // 2
+    text_positions = everywhere if text_positions is None else text_positions
+    positions = everywhere if positions is None else positions
+    attention_pairs = all_pairs if attention_pairs is None else attention_pairs
+    for name, value, most in (
+        ("image_positions", image_positions, everywhere),
+        ("text_positions", text_positions, everywhere),
+        ("positions", positions, everywhere),
+        ("attention_pairs", attention_pairs, all_pairs),
+    ):
+        if not 0 <= value <= most:
+            raise ValueError(
+                f"{name}={value} must lie in [0, {most}] for {rows} rows of length={length}"
+            )
     d = config.decoder
     projectors = (config.token_dim + d.embed_dim) * d.embed_dim
+    condition = d.embed_dim * config.flow_head.width
+    head = condition + draws * (flow_head_weights(config) - condition)
 
-    def step(multiplications_per_row: int) -> float:
-        return float(_FORWARD_AND_BACKWARD * 2 * rows * multiplications_per_row)
+    def step(multiplications: int) -> float:
+        return float(_FORWARD_AND_BACKWARD * 2 * multiplications)
 
     return TrainingFlops(
-        decoder=step(length * decoder_weights(config)),
-        # Two products of length^2 x head_dim a head, of which causality needs one half.
-        attention=step(d.num_layers * d.num_heads * d.head_dim * length**2),
+        decoder=step(positions * decoder_weights(config)),
+        # Two products of head_dim values a pair and head.
+        attention=step(2 * d.num_layers * d.num_heads * d.head_dim * attention_pairs),
         lm_head=step(text_positions * d.embed_dim * d.vocab_size),
-        flow_head=step(image_positions * draws * flow_head_weights(config)),
+        flow_head=step(image_positions * head),
         projectors=step(image_positions * projectors),
     )
 
