@@ -2,8 +2,8 @@
 
     python -m tests.parallel.test_specs        writes specs.json anew, after a change of the rules
 
-A line is a parameter's path, its shape and its spec, one letter a mesh axis: `d`ata, `f`sdp,
-`c`ontext, `t`ensor, `.` for none. The blocks of the flow head are one line.
+A line is a parameter's path, its shape and its spec, the first letter of a mesh axis for each
+dimension and a dot for none. The blocks of the flow head are one line.
 """
 
 import json
