@@ -45,22 +45,10 @@ _PATIENCE = flags.DEFINE_float("patience", 600.0, "Seconds to wait for another u
 _JSON = flags.DEFINE_string("json", None, "Also write the report to this file.")
 
 
-def read_options(entries: list[str]) -> dict[str, str]:
-    """Name -> value of entries like "xla_tpu_scoped_vmem_limit_kib=98304".
-
-    Raises:
-        ValueError: An entry of another form.
-    """
-    pairs = [entry.split("=", 1) for entry in entries]
-    if any(len(pair) != 2 for pair in pairs):
-        raise ValueError(f"compiler_options={','.join(entries)!r} must be NAME=VALUE,...")
-    return dict(pairs)
-
-
 def make_report() -> dict:
     """The report that the flags ask for."""
     config = experiment.plain(_CONFIG.value)
-    options = read_options(_OPTIONS.value)
+    options = scale_report.read_options(_OPTIONS.value)
     axes = None if _MESH.value is None else parse_axes(",".join(_MESH.value))
     topology = get_topology(_TOPOLOGY.value, _SLICES.value, _PATIENCE.value)
     if topology.devices[0].platform == "gpu":

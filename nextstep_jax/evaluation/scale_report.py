@@ -399,3 +399,15 @@ def _describe_flops(found: dict[str, Any]) -> list[str]:
             f" {found['tokens_per_s_at_supposed_mfu']:,.0f} tokens/s"
         )
     return lines
+
+
+def read_options(entries: list[str]) -> dict[str, str]:
+    """Name -> value of entries like "xla_tpu_scoped_vmem_limit_kib=98304".
+
+    Raises:
+        ValueError: An entry of another form.
+    """
+    pairs = [entry.split("=", 1) for entry in entries]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"compiler_options={','.join(entries)!r} must be NAME=VALUE,...")
+    return dict(pairs)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from launch.aot_report import read_options
+from nextstep_jax.evaluation.scale_report import read_options
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROGRAM = "launch/aot_report.py"

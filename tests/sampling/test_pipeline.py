@@ -75,7 +75,7 @@ def same_image(image, tokens, alone):
 def test_an_image_depends_on_prompt_and_seed_alone(num_devices, alone, devices):
     mesh = data_parallel_mesh() if num_devices == 8 else None
     if mesh is not None:
-        assert dict(mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+        assert dict(mesh.shape) == {"data": 8, "fsdp": 1, "context": 1, "tensor": 1}
     pipe = tiny_model.pipeline(mesh=mesh)
     output = pipe(BATCH_PROMPTS, seed=BATCH_SEEDS, **GUIDED)
     same_image(output.images[3], output.tokens[3], alone)
