@@ -1,6 +1,7 @@
 """What a program prints: its own progress, not the libraries' diary; one line for bad input."""
 
 import logging
+import re
 import sys
 from collections.abc import Callable
 
@@ -9,6 +10,8 @@ from absl import app
 from nextstep_jax.parallel import distributed
 from nextstep_jax.training.metrics import NonFiniteError
 
+# How the runtime's own errors begin; jax raises some as ValueError, such as a lost connection.
+_RUNTIME = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
 _TALKATIVE = ("absl", "jax", "orbax", "grain", "asyncio")
 
 
@@ -34,15 +37,16 @@ def run_program(main: Callable[[list[str]], None]) -> None:
         set_up_logging()
         try:
             main(argv)
-        # OSError: what is not there, not a folder, not permitted, or a full disk.
-        except (ValueError, OSError, NonFiniteError) as error:
-            logging.debug("where it was raised", exc_info=True)
-            distributed.fail(f"error: {error}")
-            sys.exit(f"error: {error}")
         except Exception as error:
+            first_line = str(error).partition("\n")[0]
+            # OSError: what is not there, not a folder, not permitted, or a full disk.
+            ours = isinstance(error, ValueError | OSError | NonFiniteError)
+            if ours and not _RUNTIME.match(first_line):
+                logging.debug("where it was raised", exc_info=True)
+                distributed.fail(f"error: {error}")
+                sys.exit(f"error: {error}")
             if distributed.is_active():
                 logging.exception("a fault in the program, or another process has gone")
-                first_line = str(error).partition("\n")[0]
                 distributed.fail(f"error: {type(error).__name__}: {first_line}")
             raise
         distributed.finish()

@@ -48,7 +48,7 @@ class Job:
                     [sys.executable, str(ROOT / "tests/training/faulty_run.py"), *command],
                     env={
                         **os.environ,
-                        **environment_of(4 // count),
+                        **environment_of(2 // count),
                         **grid,
                         "NEXTSTEP_PROCESS_ID": str(index),
                         "NEXTSTEP_START_TIMEOUT": "60",
@@ -156,7 +156,7 @@ def steps_on_disk(workdir):
 def alone(command, tmp_path_factory):
     """The workdir of one process on a mesh of its own, the first steps."""
     folder = tmp_path_factory.mktemp("alone")
-    first = command(folder / "run", "data,fsdp", **{"loop.num_steps": EVERY})
+    first = command(folder / "run", "data", **{"loop.num_steps": EVERY})
     job = Job(first, folder, count=1)
     assert job.codes() == [0], job.texts()
     assert "process 0 of" not in job.texts()[0]  # One process meets nobody.
@@ -171,7 +171,7 @@ def continued(alone, command, tokenizer_dir, tmp_path_factory):
     arguments = command(workdir)
     environment = {
         **os.environ,
-        **environment_of(2),
+        **environment_of(1),
         "PATH": f"{ROOT / 'tests/launch/fake_cluster'}:{os.environ['PATH']}",
         "SLURM_JOB_ID": "4711",
         "SLURM_NTASKS": "2",

@@ -8,7 +8,7 @@ from tests.training.conftest import TINY
 
 
 def get_config(mesh: str = "fsdp") -> ConfigDict:
-    """Forty steps on four devices; the argument names mesh axes of size 2 each, or the only one."""
+    """Forty steps; the argument names mesh axes of size 2 each, or the only one."""
     config = copy.deepcopy(TINY)
     axes = mesh.split(",")
     sizes = {axes[0]: -1, **dict.fromkeys(axes[1:], 2)}
