@@ -59,6 +59,9 @@ STAGES: dict[str, Stage] = {
 # For laptops, of the built-in world; ours.
 _TINY = {"row_length": 2048, "rows_per_batch": 2}
 _TINY_SIDE, _SIDE = 64, 256
+# Sizes without sample grids unless asked for: each process would gather a copy of the parameters,
+# 28 GB in bfloat16 for 14b, beside the training.
+_NO_GRIDS = ("tiny", "7b", "14b")
 # Drawn every `loop.hook_every` steps; ours.
 _PROMPTS = (
     "a red fox in the snow",
@@ -123,7 +126,7 @@ def stage_config(name: str, argument: str) -> ConfigDict:
                 num_steps=stage.num_steps,
                 checkpoint_every=1000 if tiny else 2500,
                 log_every=20 if tiny else 10,
-                hook_every=0 if tiny else 2500,
+                hook_every=0 if size in _NO_GRIDS else 2500,
             ),
             "sampling": {"preset": "plain", "guidance_scale": 2.0 if tiny else 7.5},
             "score": (
